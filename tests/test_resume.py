@@ -1,0 +1,196 @@
+"""What a notebook cannot test of the learner: a real SIGKILL, Ctrl-C from outside, a full disk, a log file instead of a terminal, two processes."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from resnet_bk import learner
+from resnet_bk.learner import check_checkpoint, newest_checkpoint
+
+ROOT = Path(__file__).parents[1]
+posix = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX signals and limits')
+
+# One small run, as a script of its own. Extra callbacks come from `cbs` in EXTRA, which each test writes.
+SCRIPT = '''
+import json, os, resource, signal, sys, time
+import numpy as np, torch
+from torch import nn
+from resnet_bk import learner
+from resnet_bk.data import LMData, ByteTokenizer, Floors
+from resnet_bk.learner import Learner, Callback
+torch.set_num_threads(1); torch.manual_seed(0)
+rng, cbs = np.random.default_rng(0), []
+ids = np.cumsum(rng.integers(1, 4, 60_000)) % 256
+data = LMData(ByteTokenizer(), ids[:50_000], ids[50_000:], Floors(5.5, 1.1), 'steps', batch_size=4, context=32)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.drop, self.rnn, self.head = nn.Embedding(256, 32), nn.Dropout(0.1), nn.GRU(32, 32, batch_first=True), nn.Linear(32, 256)
+    def forward(self, x): return self.head(self.drop(self.rnn(self.emb(x))[0]))
+kw = dict(eval_every=8, eval_batches=3, checkpoint_every=10, log_every=1)
+resume, folder = sys.argv[1] == 'resume', sys.argv[2]
+EXTRA
+learn = Learner(net if 'net' in globals() else Net(), data, folder=folder, cbs=cbs, **kw)
+learn.fit(**({} if resume else dict(steps=30)), resume=resume)
+AFTER
+'''
+
+def script(extra='', after=''): return SCRIPT.replace('EXTRA', extra).replace('AFTER', after)
+def env(**kw): return {**os.environ, 'PYTHONPATH': str(ROOT), 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', **kw}
+
+def start(folder, extra='', mode='new', after=''):
+    return subprocess.Popen([sys.executable, '-c', script(extra, after), mode, str(folder)], env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def finish(p, code=0):
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == code, f'exit {p.returncode}\n{out}\n{err}'
+    return out, err
+
+def losses(folder):
+    keys = ('step', 'loss_total', 'grad_norm', 'learning_rate', 'valid_nats', 'tokens')
+    return [{k: m.get(k) for k in keys} for m in map(json.loads, (Path(folder)/'metrics.jsonl').read_text().splitlines())]
+
+def wait_for(p, folder, step):
+    "Until the run has recorded `step`"
+    end = time.time() + 240
+    while time.time() < end and p.poll() is None:
+        f = Path(folder)/'metrics.jsonl'
+        if f.exists() and len(f.read_text().splitlines()) >= step: return
+        time.sleep(0.01)
+    pytest.fail(f'the run did not reach step {step}: {finish(p)}')
+
+SLOW = '''
+class Slow(Callback):
+    def before_step(self): time.sleep(0.1)
+cbs = [Slow()]
+'''
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "The records of a run that nothing happens to"
+    folder = tmp_path_factory.mktemp('run')/'straight'
+    _, err = finish(start(folder))
+    assert len(losses(folder)) == 30
+    assert len(err.splitlines()) < 8 and err.count('\r') < 8, 'the progress bar floods a log file'
+    return losses(folder)
+
+@posix
+def test_killed_and_resumed(straight, tmp_path):
+    "SIGKILL at an arbitrary moment after step 13; the resumed run equals the one that was not killed, bit for bit"
+    p = start(tmp_path, SLOW)
+    wait_for(p, tmp_path, 13)
+    p.kill(); finish(p, -signal.SIGKILL)
+    out, _ = finish(start(tmp_path, mode='resume'))
+    assert 'resumed from step-00000010' in out
+    assert losses(tmp_path) == straight
+
+@posix
+def test_killed_while_saving(straight, tmp_path):
+    "SIGKILL in the middle of writing the checkpoint of step 20: it does not exist, the one of step 10 does"
+    finish(start(tmp_path, '''
+seal = learner._seal
+def kill(tmp): seal(tmp) if '20' not in tmp.name else os.kill(os.getpid(), signal.SIGKILL)
+learner._seal = kill
+'''), -signal.SIGKILL)
+    box = tmp_path/'checkpoints'
+    assert [d.name for d in sorted(box.iterdir())] == ['step-00000010', 'tmp-step-00000020']
+    finish(start(tmp_path, mode='resume'))
+    assert losses(tmp_path) == straight
+    assert [d.name for d in sorted(box.iterdir())] == ['step-00000020', 'step-00000030']
+
+@posix
+def test_altered_checkpoint(straight, tmp_path):
+    "One byte of the newest checkpoint is changed: said in one line, and the one before it gives the same run"
+    finish(start(tmp_path))
+    f = tmp_path/'checkpoints/step-00000030/state.safetensors'
+    raw = bytearray(f.read_bytes()); raw[-1] ^= 1; f.write_bytes(raw)
+    out, _ = finish(start(tmp_path, mode='resume'))
+    assert 'checkpoint step-00000030 is damaged: state.safetensors was altered (sha256 differs); using step-00000020' in out
+    assert losses(tmp_path) == straight
+
+@posix
+def test_interrupted(straight, tmp_path):
+    "Ctrl-C: a checkpoint, one line that says how to go on, and a clean end"
+    p = start(tmp_path, SLOW, after='print("clean", learn.interrupted)')
+    wait_for(p, tmp_path, 4)
+    p.send_signal(signal.SIGINT)
+    out, _ = finish(p)
+    assert 'interrupted at step' in out and 'fit(resume=True)' in out and 'clean True' in out
+    finish(start(tmp_path, mode='resume'))
+    assert losses(tmp_path) == straight
+
+@posix
+def test_full_disk(straight, tmp_path):
+    "From step 15 on no file may grow beyond 20 kB, as on a full disk: a clear error, and the last good checkpoint is whole"
+    _, err = finish(start(tmp_path, '''
+class Full(Callback):
+    def before_step(self):
+        if self.learn.step == 15: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+cbs = [Full()]
+'''), 1)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith('OSError: the checkpoint of step 20 could not be written') and 'the last good one is step-00000010' in last
+    box = tmp_path/'checkpoints'
+    assert [d.name for d in box.iterdir()] == ['step-00000010'] and check_checkpoint(box/'step-00000010') == ''
+    finish(start(tmp_path, mode='resume'))
+    assert losses(tmp_path) == straight
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+def test_full_disk_for_records(tmp_path):
+    "The disk is full when a record is written (ENOSPC from /dev/full)"
+    (tmp_path/'metrics.jsonl').symlink_to('/dev/full')
+    _, err = finish(start(tmp_path), 1)
+    assert err.strip().splitlines()[-1].startswith('OSError: step 1 could not be recorded in')
+
+@posix
+@pytest.mark.parametrize('where', ['file/run', '/proc/resnet_bk/run'])
+def test_unwritable(tmp_path, where):
+    "A folder beneath a file, and one in /proc, which not even root can write"
+    if where.startswith('/proc') and not Path('/proc').is_dir(): pytest.skip('no /proc')
+    (tmp_path/'file').write_text('')
+    with pytest.raises(OSError, match='could not be written'):
+        learner.write_checkpoint(tmp_path/where, 1, lambda d: (d/'a').write_text('a'))
+    run = learner.Learner(torch.nn.Linear(1, 1), None, folder=tmp_path/where)
+    with pytest.raises(OSError, match='cannot write to .*: give Learner a folder'): run._open_folder()
+
+AFTER2 = '''
+w = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+np.save(folder + f'/w{os.environ.get("RANK", "")}.npy', w.numpy())
+if learn.is_main: print('main', learn.world)
+ev = learn.evaluate(20)
+if learn.is_main: json.dump(ev, open(folder + '/eval.json', 'w'))
+'''
+NODROP = '''
+net = Net(); net.drop = nn.Identity() # each process has its own random numbers
+kw |= dict(opt=lambda ps, lr: torch.optim.SGD(ps, lr=lr*100))
+'''
+
+def torchrun(folder, extra='', mode='new'):
+    folder.mkdir(exist_ok=True)
+    (folder/'run.py').write_text(script(extra, AFTER2))
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(folder/'run.py'), mode, str(folder)]
+    return subprocess.Popen(cmd, env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='needs gloo')
+def test_two_processes(tmp_path):
+    "Two processes take the batches in turn, so they do what one does with `accumulate=2`; and a resumed pair goes on as one that was not stopped"
+    import numpy as np
+    one, two, cut = tmp_path/'one', tmp_path/'two', tmp_path/'cut'
+    finish(start(one, NODROP + 'kw |= dict(accumulate=2)', after=AFTER2))
+    out, _ = finish(torchrun(two, NODROP))
+    assert out.count('main 2') == 1 and out.count('step 30:') == 1, out
+    a, b, w = np.load(two/'w0.npy'), np.load(two/'w1.npy'), np.load(one/'w.npy')
+    assert (a == b).all() and np.abs(a - w).max() < 1e-5
+    for p,q in zip(losses(one), losses(two)): assert {k: v or 0 for k,v in p.items()} == pytest.approx({k: v or 0 for k,v in q.items()}, rel=1e-4)
+    assert json.loads((one/'eval.json').read_text()) == pytest.approx(json.loads((two/'eval.json').read_text()), rel=1e-4)
+
+    finish(torchrun(cut, '''
+class Stop(Callback):
+    def before_step(self):
+        if self.learn.step == 15: self.learn.accelerator.wait_for_everyone(); os._exit(3)
+cbs = [Stop()]
+'''), 1)
+    finish(torchrun(cut, mode='resume'))
+    finish(torchrun(tmp_path/'whole'))
+    assert newest_checkpoint(cut/'checkpoints').name == 'step-00000030'
+    assert losses(cut) == losses(tmp_path/'whole')
