@@ -8,14 +8,14 @@ __all__ = ['HOOKS', 'lm_loss', 'lr_at', 'param_groups', 'TrainingMetrics', 'read
            'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint', 'check_checkpoint', 'newest_checkpoint',
            'Checkpointer', 'all_finite', 'first_bad_module', 'NumericalStabilityMonitor']
 
-# %% ../nbs/05_learner.ipynb #c0005
-import copy, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time
+# %% ../nbs/05_learner.ipynb #c0004
+import atexit, copy, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/05_learner.ipynb #c0006
+# %% ../nbs/05_learner.ipynb #c0005
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
-# %% ../nbs/05_learner.ipynb #c0010
+# %% ../nbs/05_learner.ipynb #c0009
 def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
     targets:Tensor, # (B, N) int64 token ids; -100 where nothing is asked
 )->Tensor: # () mean cross-entropy, nats per token
@@ -40,7 +40,7 @@ def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
     total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction='sum')
     return total / (targets != -100).sum().clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #c0019
+# %% ../nbs/05_learner.ipynb #c0018
 def lr_at(done:float, # share of the budget spent, 0 to 1
     warmup:float=0.05, # share of the budget that warms up
     min_frac:float=0.1, # where the cosine ends, as a share of the peak
@@ -50,7 +50,7 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
     phase = min(1., (done-warmup)/(1-warmup))
     return min_frac + (1-min_frac)*(1+math.cos(math.pi*phase))/2
 
-# %% ../nbs/05_learner.ipynb #c0023
+# %% ../nbs/05_learner.ipynb #c0022
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
@@ -61,7 +61,7 @@ def param_groups(model:nn.Module, # its trainable parameters are taken, each onc
     groups = [dict(params=yes, weight_decay=weight_decay), dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/05_learner.ipynb #c0027
+# %% ../nbs/05_learner.ipynb #c0026
 def _plain(v):
     "Tensors and numpy values as Python ones, non-finite floats as words"
     if isinstance(v, (Tensor, np.ndarray, np.generic)): v = v.tolist()
@@ -69,7 +69,7 @@ def _plain(v):
     if isinstance(v, (list, tuple)): return [_plain(o) for o in v]
     return str(v) if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../nbs/05_learner.ipynb #c0028
+# %% ../nbs/05_learner.ipynb #c0027
 @dataclass
 class TrainingMetrics:
     "What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` = not measured."
@@ -107,20 +107,20 @@ class TrainingMetrics:
     note: str = None # something happened here: a recovery, a change of phase
     extra: dict = field(default_factory=dict) # whatever else a callback logs
 
-# %% ../nbs/05_learner.ipynb #c0030
+# %% ../nbs/05_learner.ipynb #c0029
 @patch
 def to_dict(self:TrainingMetrics)->dict: # JSON-safe; what was not measured is left out
     "The record as plain Python values"
     return {k: _plain(v) for k,v in asdict(self).items() if v is not None and v != {}}
 
-# %% ../nbs/05_learner.ipynb #c0031
+# %% ../nbs/05_learner.ipynb #c0030
 @patch(cls_method=True)
 def from_dict(cls:TrainingMetrics, d:dict)->TrainingMetrics: # inverse of `to_dict`
     "A record from its plain values; the words for NaN and infinity become numbers again"
     word = lambda v: float(v) if v in ('nan', 'inf', '-inf') else v
     return cls(**{k: (v if isinstance(v, (list, dict)) else word(v)) for k,v in d.items()})
 
-# %% ../nbs/05_learner.ipynb #c0034
+# %% ../nbs/05_learner.ipynb #c0033
 def read_metrics(path, # a metrics.jsonl file
 )->list: # of TrainingMetrics, in the order written
     "The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is no such file."
@@ -130,11 +130,11 @@ def read_metrics(path, # a metrics.jsonl file
         except json.JSONDecodeError: break
     return out
 
-# %% ../nbs/05_learner.ipynb #c0037
+# %% ../nbs/05_learner.ipynb #c0036
 HOOKS = ('before_prepare before_fit before_epoch before_step before_batch after_pred after_loss after_backward '
          'before_optim after_step before_eval after_eval after_fit').split()
 
-# %% ../nbs/05_learner.ipynb #c0038
+# %% ../nbs/05_learner.ipynb #c0037
 class Callback:
     """A part that hooks into the loop: methods named as in `HOOKS`, called in rising `order`, which read and write `self.learn`.
     `state_dict` and `load_state_dict`, where a callback has them, go through the checkpoints. `TypeError` for a hook that does not exist."""
@@ -144,11 +144,11 @@ class Callback:
         odd = [n for n in vars(cls) if n.startswith(('before_', 'after_')) and n not in HOOKS]
         if odd: raise TypeError(f"{cls.__name__}.{odd[0]} is not a hook of the loop; the hooks are {', '.join(HOOKS)}")
 
-# %% ../nbs/05_learner.ipynb #c0041
+# %% ../nbs/05_learner.ipynb #c0040
 class CancelStep(Exception): "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
 class CancelFit(Exception): "Raised by a callback: end the run here, in good order; its text is shown"
 
-# %% ../nbs/05_learner.ipynb #c0043
+# %% ../nbs/05_learner.ipynb #c0042
 class Learner:
     "Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for settings that make no sense."
     defaults = [] # callback classes that every learner gets
@@ -183,7 +183,7 @@ class Learner:
         self._reset()
         for cb in [c() for c in self.defaults] + listify(cbs): self.add_cb(cb)
 
-# %% ../nbs/05_learner.ipynb #c0044
+# %% ../nbs/05_learner.ipynb #c0043
 @patch
 def _reset(self:Learner):
     "The variables of a run, at its start"
@@ -193,7 +193,7 @@ def _reset(self:Learner):
     self.history, self.logged, self.budget = [], {}, {}
     self.interrupted, self.error, self._stop, self._updating = False, None, False, False
 
-# %% ../nbs/05_learner.ipynb #c0045
+# %% ../nbs/05_learner.ipynb #c0044
 @patch
 def add_cb(self:Learner, cb:Callback)->Learner:
     "Add a callback. `TypeError` for anything else."
@@ -202,7 +202,7 @@ def add_cb(self:Learner, cb:Callback)->Learner:
     self.cbs = sorted(self.cbs + [cb], key=lambda c: c.order)
     return self
 
-# %% ../nbs/05_learner.ipynb #c0046
+# %% ../nbs/05_learner.ipynb #c0045
 @patch
 def cb(self:Learner, hook:str):
     "Call `hook` of every callback that has it, in order"
@@ -210,13 +210,13 @@ def cb(self:Learner, hook:str):
         f = getattr(c, hook, None)
         if f: f()
 
-# %% ../nbs/05_learner.ipynb #c0049
+# %% ../nbs/05_learner.ipynb #c0048
 @patch
 def log(self:Learner, **values):
     "Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`). Tensors stay on their device until then."
     self.logged.update({k: v.detach() if isinstance(v, Tensor) else v for k,v in values.items()})
 
-# %% ../nbs/05_learner.ipynb #c0050
+# %% ../nbs/05_learner.ipynb #c0049
 @patch
 def add_loss(self:Learner, name:str, # e.g. 'loss_koopman'
     value:Tensor, # () loss, nats or its own unit
@@ -226,18 +226,27 @@ def add_loss(self:Learner, name:str, # e.g. 'loss_koopman'
     self.loss = self.loss + weight*value
     self.log(**{name: value})
 
-# %% ../nbs/05_learner.ipynb #c0051
+# %% ../nbs/05_learner.ipynb #c0050
 @patch
 def say(self:Learner, text:str):
     "One line to the user, from the main process only and without breaking the progress bar"
     if self.is_main: tqdm.write(text, file=sys.stdout)
 
-# %% ../nbs/05_learner.ipynb #c0053
+# %% ../nbs/05_learner.ipynb #c0052
 def _accelerator(mixed_precision, log_with=None):
     "An Accelerator of this precision, also where an earlier one of this process had another"
     want = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != want: AcceleratorState._reset_state()
     return Accelerator(mixed_precision=want, log_with=log_with)
+
+# %% ../nbs/05_learner.ipynb #c0053
+def _leave(ref):
+    "At exit with several processes: let go of the wrapper and close the process group, whose threads can abort a dying interpreter"
+    learn = ref()
+    if learn is None: return
+    learn.net = None
+    learn.accelerator.free_memory()
+    learn.accelerator.end_training()
 
 # %% ../nbs/05_learner.ipynb #c0054
 @patch
@@ -254,6 +263,7 @@ def prepare(self:Learner)->Learner:
     self.net, self.opt = acc.prepare(self.model, self._make_opt())
     acc.unwrap_model(self.net, keep_fp32_wrapper=False) # autocast is ours, so that model.forward stays untouched
     if self.log_with: acc.init_trackers('resnet_bk')
+    if acc.num_processes > 1: atexit.register(_leave, weakref.ref(self))
     return self
 
 # %% ../nbs/05_learner.ipynb #c0055
@@ -366,8 +376,9 @@ def _update(self:Learner):
 def _set_lr(self:Learner):
     "The schedule's learning rate for the step at hand, taken at its middle so that the first is not zero"
     half = 0.5/self.total_steps if self.total_steps else 0.
-    self.lr_now = self.lr*self.lr_scale*lr_at(self.spent + half, self.warmup, self.min_lr_frac)
-    for g in self.opt.param_groups: g['lr'] = g['initial_lr']*self.lr_now/self.lr
+    scale = self.lr_scale*lr_at(self.spent + half, self.warmup, self.min_lr_frac)
+    for g in self.opt.param_groups: g['lr'] = g['initial_lr']*scale
+    self.lr_now = self.opt.param_groups[0]['lr']
 
 # %% ../nbs/05_learner.ipynb #c0071
 @patch
@@ -893,20 +904,20 @@ def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a pa
     return bool(torch.stack([torch.isfinite(t).all() for t in model.state_dict().values()] or [torch.tensor(True)]).all())
 Learner.defaults.append(Checkpointer)
 
-# %% ../nbs/05_learner.ipynb #c0186
+# %% ../nbs/05_learner.ipynb #c0188
 def _tensors(o):
     "All tensors in a nest of tuples, lists and dicts"
     if isinstance(o, Tensor): return [o]
     if isinstance(o, dict): o = list(o.values())
     return [t for v in o for t in _tensors(v)] if isinstance(o, (list, tuple)) else []
 
-# %% ../nbs/05_learner.ipynb #c0187
+# %% ../nbs/05_learner.ipynb #c0189
 def _kind(t):
     "'NaN', 'Inf' or ''"
     if not (t.is_floating_point() or t.is_complex()): return ''
     return 'NaN' if torch.isnan(t).any() else 'Inf' if torch.isinf(t).any() else ''
 
-# %% ../nbs/05_learner.ipynb #c0188
+# %% ../nbs/05_learner.ipynb #c0190
 def first_bad_module(model:nn.Module, *args, # what the model is called with
 )->str: # e.g. 'NaN in the output of blocks.1.mixer'; '' when all is finite
     "Run the model once, without gradients, and name the first module whose output is not finite. Random numbers are left as they were."
@@ -924,7 +935,7 @@ def first_bad_module(model:nn.Module, *args, # what the model is called with
         for h in handles: h.remove()
     return bad[0] if bad else ''
 
-# %% ../nbs/05_learner.ipynb #c0193
+# %% ../nbs/05_learner.ipynb #c0195
 class NumericalStabilityMonitor(Callback):
     """Keeps NaN and infinity out of the weights: a bad step is never applied, its culprit is named, and one remedy after the other is tried.
     Costs one comparison a step (which on a GPU waits for the step). `RuntimeError` when all remedies are used up."""
@@ -941,7 +952,7 @@ class NumericalStabilityMonitor(Callback):
         self.recovery_strategies = ['reduce_learning_rate', 'reduce_v_max', 'reduce_feature_clamp', 'adjust_grad_blend', 'reset_to_checkpoint']
     def before_fit(self): self.model = self.model or self.learn.model
 
-# %% ../nbs/05_learner.ipynb #c0195
+# %% ../nbs/05_learner.ipynb #c0197
 @patch
 def check_tensors(self:NumericalStabilityMonitor, tensors, names, # a list of tensors and one of their names
 )->tuple: # (is_stable, issues)
@@ -951,7 +962,7 @@ def check_tensors(self:NumericalStabilityMonitor, tensors, names, # a list of te
     self.inf_count += sum(i.startswith('Inf') for i in issues)
     return not issues, issues
 
-# %% ../nbs/05_learner.ipynb #c0196
+# %% ../nbs/05_learner.ipynb #c0198
 @patch
 def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues)
     "Look for NaN, infinity and norms above `grad_norm_threshold` in the gradients of the model, by parameter"
@@ -962,7 +973,7 @@ def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues
     self.large_grad_count += len(large)
     return not issues + large, issues + large
 
-# %% ../nbs/05_learner.ipynb #c0199
+# %% ../nbs/05_learner.ipynb #c0201
 @patch
 def _scale(self:NumericalStabilityMonitor, attr, rule):
     "Apply `rule` to the number or tensor `attr` of every module that has one"
@@ -973,7 +984,7 @@ def _scale(self:NumericalStabilityMonitor, attr, rule):
     for n,m,old in hit: self._set(n, m, attr, rule(old.detach() if isinstance(old, Tensor) else old))
     return (True, f'{attr} is now {mean():.4g}') if mean() != was else (False, f'{attr} is {was:.4g} already')
 
-# %% ../nbs/05_learner.ipynb #c0200
+# %% ../nbs/05_learner.ipynb #c0202
 @patch
 def _set(self:NumericalStabilityMonitor, name, mod, attr, value):
     "Set a bound and remember it, so that a resumed run has it too"
@@ -983,12 +994,12 @@ def _set(self:NumericalStabilityMonitor, name, mod, attr, value):
     else: setattr(mod, attr, value)
     self.changed.setdefault(attr, {})[name] = value
 
-# %% ../nbs/05_learner.ipynb #c0201
+# %% ../nbs/05_learner.ipynb #c0203
 @patch
 def _reduce_learning_rate(self:NumericalStabilityMonitor):
     if self.learn is None: return False, 'there is no learner whose learning rate to halve'
     self.learn.lr_scale *= 0.5
-    return True, f'learning rate halved, its peak is now {self.learn.lr*self.learn.lr_scale:.3g}'
+    return True, f"learning rate halved, its peak is now {self.learn.opt.param_groups[0]['initial_lr']*self.learn.lr_scale:.3g}"
 
 @patch
 def _reduce_v_max(self:NumericalStabilityMonitor): return self._scale('v_max', lambda v: 0.8*v)
@@ -1007,7 +1018,7 @@ def _reset_to_checkpoint(self:NumericalStabilityMonitor):
     l.load(path)
     return True, f'weights and optimiser are back at {path.name}'
 
-# %% ../nbs/05_learner.ipynb #c0202
+# %% ../nbs/05_learner.ipynb #c0204
 @patch
 def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wrong, for the message
 )->bool: # True; there is an error otherwise
@@ -1024,7 +1035,7 @@ def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wr
     over = f' (passed over: {", ".join(passed)})' if passed else ''
     raise RuntimeError(f'{cause}; all recovery strategies are used up{over}. The bad steps were not applied: the weights are those of the last good one')
 
-# %% ../nbs/05_learner.ipynb #c0206
+# %% ../nbs/05_learner.ipynb #c0208
 @patch
 def before_optim(self:NumericalStabilityMonitor):
     l = self.learn
@@ -1040,7 +1051,7 @@ def before_optim(self:NumericalStabilityMonitor):
     l.log(note=self.events[-1])
     raise CancelStep
 
-# %% ../nbs/05_learner.ipynb #c0207
+# %% ../nbs/05_learner.ipynb #c0209
 @patch
 def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output of blocks.1.mixer'
     "Name the first tensor of the step at hand that is not finite"
@@ -1050,16 +1061,15 @@ def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output
     if not ok: return issues[0]
     x, _, loss, lm = next((b for b in l.batches if not torch.isfinite(b[2])), l.batches[-1])
     if not torch.isfinite(loss):
-        aux = {k:v for k,v in l.logged.items() if k.startswith('loss') and isinstance(v, Tensor)}
         with l.accelerator.autocast(): found = first_bad_module(self.model, x)
-        names = [] if found else ['the logits', 'loss_lm', *aux, 'the loss']
-        _, issues = self.check_tensors([l.preds, lm, *aux.values(), loss][:len(names)], names)
         self.nan_count += found.startswith('NaN'); self.inf_count += found.startswith('Inf')
-        return found or issues[0]
+        aux = {k:v for k,v in l.logged.items() if k.startswith('loss') and isinstance(v, Tensor)}
+        named = dict(logits=l.preds, loss_lm=lm) | aux | dict(loss=loss)
+        return found or self.check_tensors(named.values(), named)[1][0]
     issues = [i for i in self.check_gradients()[1] if not i.startswith('large')]
     return f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '') if issues else 'the gradient norm overflows'
 
-# %% ../nbs/05_learner.ipynb #c0208
+# %% ../nbs/05_learner.ipynb #c0210
 @patch
 def state_dict(self:NumericalStabilityMonitor)->dict:
     "Counters, and the bounds that were tightened"
