@@ -717,7 +717,7 @@ class Reference:
         dhop = -2*t*(g[:,:-1].conj()*L[:,1:]).real
         if P is not None: dhop = dhop - (y[:,:-1].conj()*P[:,1:]).real
         return (L.real, -L.imag, P.real if P is not None else None, dhop, *_fold_sums(L), L[:,:1], P[:,:1] if P is not None else None)
-    def diag(*args): return _in_double(_diag_ref, args)
+    def diag(*args): return _in_double(_diag_ref, args[:-1])
     def diag_backward(gl, gr, G, gG, hop, shape, need):
         L, dhop = _diag_backward_ref(gl, gr, G, gG, hop)
         return L.real, -L.imag, dhop, *_fold_sums(L)
@@ -756,8 +756,8 @@ class Cpp:
         return dv, dw, du, dhop, *(x.to(g.real.dtype, copy=True) for x in sums), ends[1][:,None], ends[0][:,None]
 
 # %% ../nbs/01_bk_core.ipynb #c0073
-def _diag_cpp(v, w, E, eta, hop, shape):
-    G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device); gl, gr = torch.empty_like(G), torch.empty_like(G)
+def _diag_cpp(v, w, E, eta, hop, shape, keep=True): # keep=False: no pivots for a backward pass; the left ones pass through G's own memory
+    G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device); gl, gr = (torch.empty_like(G), torch.empty_like(G)) if keep else (G, None)
     _raise(_call('diag', shape, E.dtype, E, eta, 0, _stream(v), _stream(w), _stream(hop), _stream(gl, 2), _stream(gr, 2), _stream(G, 2)), eta, w, hop)
     return G, gl, gr
 
@@ -810,11 +810,14 @@ from typing import Optional, List, Tuple
 OptT = Optional[Tensor]
 
 # %% ../nbs/01_bk_core.ipynb #c0077
+def _scan(v, w, u, E, eta, hop, g0, y0, backend):
+    shape = list(next(t for t in (v, w, u) if t is not None).shape)
+    return _checked(backend, E, eta, w, hop).scan(*_cont(v, w, u), E.contiguous(), eta.contiguous(), _lanes(hop), *(t if t is None else t.contiguous() for t in (g0, y0)), shape)
+
 @torch.library.custom_op('resnet_bk::scan', mutates_args=())
 def scan_op(v:OptT, w:OptT, u:OptT, E:Tensor, eta:Tensor, hop:OptT, g0:OptT, y0:OptT, backend:str) -> Tuple[Tensor, Tensor]:
     "Causal pivots g = 1/l and, if u is given, mixed values y; complex (B, N, C)."
-    shape = list(next(t for t in (v, w, u) if t is not None).shape)
-    return _checked(backend, E, eta, w, hop).scan(*_cont(v, w, u), E.contiguous(), eta.contiguous(), _lanes(hop), *(t if t is None else t.contiguous() for t in (g0, y0)), shape)
+    return _scan(v, w, u, E, eta, hop, g0, y0, backend)
 
 @scan_op.register_fake
 def _(v, w, u, E, eta, hop, g0, y0, backend):
@@ -864,11 +867,14 @@ def _scan_autograd(ctx, gg, gy):
 torch.library.register_autograd('resnet_bk::scan', _scan_autograd, setup_context=_scan_setup)
 
 # %% ../nbs/01_bk_core.ipynb #c0080
+def _diag(v, w, E, eta, hop, backend, keep=True):
+    shape = list((v if v is not None else w).shape)
+    return _checked(backend, E, eta, w, hop).diag(*_cont(v, w), E.contiguous(), eta.contiguous(), _lanes(hop), shape, keep)
+
 @torch.library.custom_op('resnet_bk::diag', mutates_args=())
 def diag_op(v:OptT, w:OptT, E:Tensor, eta:Tensor, hop:OptT, backend:str) -> Tuple[Tensor, Tensor, Tensor]:
     "Two-sided diagonal G_ii and the pivots of both directions; complex (B, N, C)."
-    shape = list((v if v is not None else w).shape)
-    return _checked(backend, E, eta, w, hop).diag(*_cont(v, w), E.contiguous(), eta.contiguous(), _lanes(hop), shape)
+    return _diag(v, w, E, eta, hop, backend)
 
 @diag_op.register_fake
 def _(v, w, E, eta, hop, backend):
@@ -980,6 +986,10 @@ def _hop(hop, shape, dt, dev, state):
     raise ValueError(f'hop must be a scalar, ({C},) or (B, N-1, C) = {(B, max(N-1,0), C)}{" or, with a state, (B, N, C)" if state else ""}; got {tuple(hop.shape)}')
 
 # %% ../nbs/01_bk_core.ipynb #c0087
+def _plain(*ts): # nothing is watching (autograd, compile, vmap, dispatch modes): the kernel can be called without the dispatcher, which costs 0.1 ms
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+                or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ts))
+
 def resolvent_diag(
     v:Tensor,           # (B, N, C) real potential, in units of the hopping; None = 0 (then give absorb)
     z,                  # complex scalar or complex (C,) tensor, E + iη with η > 0
@@ -992,8 +1002,9 @@ def resolvent_diag(
 
     Half precision is computed in float32. Raises `ValueError` for wrong shapes, complex or integer potentials, Im z ≤ 0, negative absorb or hop. Not twice differentiable."""
     v, _, E, eta, w, hop = _inputs(v, None, z, absorb, hop)
-    if causal: return scan_op(v, w, None, E, eta, hop, None, None, backend or '')[0]
-    return diag_op(v, w, E, eta, hop, backend or '')[0]
+    plain = _plain(v, E, w, hop)
+    if causal: return (_scan if plain else scan_op)(v, w, None, E, eta, hop, None, None, backend or '')[0]
+    return _diag(v, w, E, eta, hop, backend or '', keep=False)[0] if plain else diag_op(v, w, E, eta, hop, backend or '')[0]
 
 # %% ../nbs/01_bk_core.ipynb #c0090
 def resolvent_mix(
@@ -1019,7 +1030,7 @@ def resolvent_mix(
         for s in state:
             if s.shape != (B, C): raise ValueError(f'state must be (g, y), each {(B, C)}; got {tuple(s.shape)}')
         state = tuple(s.to(cdt) for s in state)
-    g, y = scan_op(v, w, u, E, eta, hop, *(state or (None, None)), backend or '')
+    g, y = (_scan if _plain(v, u, E, w, hop, *(state or ())) else scan_op)(v, w, u, E, eta, hop, *(state or (None, None)), backend or '')
     if not return_state: return y
     if N: return y, (g[:,-1], y[:,-1])
     return y, state or (g.new_zeros(B, C), g.new_zeros(B, C))

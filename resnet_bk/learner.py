@@ -437,6 +437,7 @@ def fit(self:Learner,
 def _begin(self:Learner, steps, epochs, minutes, resume):
     "Everything between the call of `fit` and the first step"
     self._reset()
+    if self.loss_fn is lm_loss: getattr(self.model, 'check_next_token', lambda: None)()  # a bidirectional model would copy what it should predict
     self.prepare()
     saved = self._resume() if resume else self._fresh()
     budget = dict(steps=steps, epochs=epochs, minutes=minutes)

@@ -13,24 +13,29 @@ from .bk_core import resolvent_diag, resolvent_mix
 
 # %% ../nbs/02_mixers.ipynb #c0006
 class _CausalTaps(torch.autograd.Function):
-    "`out_i = Σ_k f_k x_{i-k}` for x (B, W-1+N, C) that begins with W-1 rows of the past; taps f (W, C), newest first; `same` (W, B, N, 1) switches taps off across a cut."
+    "`out_i = Σ_k f_k x_{i-k}` with taps f (W, C), newest first, and `past` (B, W-1, C) before x or None; `same` (W, B, N, 1) switches taps off across a cut."
     @staticmethod
-    def forward(ctx, x, f, same):
-        W = len(f); N = x.shape[1] - W + 1
-        ctx.save_for_backward(x, f, same)
-        out = x[:,W-1:]*f[0]
-        for k in range(1, W): out.addcmul_(x[:,W-1-k:W-1-k+N], f[k] if same is None else f[k]*same[k])
+    def forward(ctx, x, f, past, same):
+        ctx.save_for_backward(x, f, past, same); N = x.shape[1]
+        out = x*f[0]
+        for k in range(1, len(f)):
+            fk = f[k] if same is None else f[k]*same[k]
+            if k < N: out[:,k:].addcmul_(x[:,:N-k], fk if same is None else fk[:,k:])
+            if past is not None: n = min(k, N); out[:,:n].addcmul_(past[:,-k:][:,:n], fk if same is None else fk[:,:n])
         return out
 
     @staticmethod
     def backward(ctx, g):
-        x, f, same = ctx.saved_tensors; W = len(f); N = g.shape[1]
-        dx, df = torch.zeros_like(x), torch.empty_like(f)
-        for k in range(W):
-            gk = g if same is None or not k else g*same[k]
-            dx[:,W-1-k:W-1-k+N].addcmul_(gk, f[k])
-            df[k] = torch.einsum('bnc,bnc->c', gk, x[:,W-1-k:W-1-k+N])
-        return dx, df, None
+        x, f, past, same = ctx.saved_tensors; N = g.shape[1]; n_past = None if past is None else torch.zeros_like(past)
+        dx, buf = g*f[0], torch.empty_like(g)                  # one buffer for the products: fresh memory costs more than the multiplication
+        dot = lambda a, b: torch.mul(a, b, out=buf[:,:a.shape[1]]).sum((0,1))
+        df = [dot(g, x)]
+        for k in range(1, len(f)):
+            gk, d = g if same is None else g*same[k], torch.zeros_like(f[k])
+            if k < N: dx[:,:N-k].addcmul_(gk[:,k:], f[k]); d = d + dot(gk[:,k:], x[:,:N-k])
+            if past is not None: n = min(k, N); n_past[:,-k:][:,:n].addcmul_(gk[:,:n], f[k]); d = d + dot(gk[:,:n], past[:,-k:][:,:n])
+            df.append(d)
+        return dx, torch.stack(df), n_past, None
 
 # %% ../nbs/02_mixers.ipynb #c0007
 class ShortConv(nn.Module):
@@ -50,14 +55,13 @@ class ShortConv(nn.Module):
         cut:Tensor=None,   # (B, N) bool, true where a new document begins
     ):                     # (B, N, C) and the tail for the next piece
         B,N,C = x.shape; W = self.width
-        x = torch.cat([x.new_zeros(B, W-1, C) if tail is None else tail.to(x), x], 1)
-        same = None
+        past, same = None if tail is None or W == 1 else tail.to(x), None
         if cut is not None:
             seg = F.pad(cut.long().cumsum(1), (W-1, 0))          # rows of the past belong to document 0
             same = torch.stack([seg[:,W-1:] == seg[:,W-1-k:W-1-k+N] for k in range(W)])[...,None].to(x.dtype)
-        tail = x[:,N:]
+        tail = torch.cat([x.new_zeros(B, W-1, C) if tail is None else tail.to(x), x[:,max(0, N-W+1):]], 1)[:,-(W-1):] if W > 1 else x[:,:0]
         if cut is not None and N: tail = tail*(seg[:,N:] == seg[:,-1:])[...,None]  # forget what lies behind the last cut
-        return _CausalTaps.apply(x, self.taps.to(x.dtype), same), tail
+        return _CausalTaps.apply(x, self.taps.to(x.dtype), past, same), tail
 
 # %% ../nbs/02_mixers.ipynb #c0011
 class Spectrum(nn.Module):
@@ -176,7 +180,9 @@ def resolvent_attention(
     if state is not None and state.shape != (B, H, dk, dv): raise ValueError(f'state must be (B, H, dk, dv) = {(B, H, dk, dv)}; got {tuple(state.shape)}')
     if not N: return (v, q.new_zeros(B, H, dk, dv) if state is None else state) if return_state else v
     Q = min(chunk, N); pad = -N % Q; n = (N + pad)//Q
-    blocks = lambda x, fill=0.: (F.pad(x, (0, 0)*(x.ndim-2) + (0, pad), value=fill) if pad else x).unflatten(1, (n, Q)).transpose(2, 3)    # (B, n, H, Q, ...)
+    def blocks(x, fill=0.):                                      # (B, N, H, ...) -> (B, H, n, Q, ...); no copy if heads already lie outside tokens in memory
+        x = x.transpose(1, 2)
+        return (F.pad(x, (0, 0)*(x.ndim-3) + (0, pad), value=fill) if pad else x.contiguous()).unflatten(2, (n, Q))
     q, k, v, a = blocks(q), blocks(k), blocks(v), blocks(g_abs.log())
     step, cuts = a, None
     if hop is not None:
@@ -189,7 +195,7 @@ def resolvent_attention(
     if cuts is not None: keep = keep & (cuts[...,:,None] == cuts[...,None,:])
     y = (q @ k.mT).mul(D.masked_fill(~keep, -math.inf).exp()) @ v
     if n > 1 or state is not None or return_state: y, state = _carry(y, q, k, v, a, A, cuts, state)
-    y = y.transpose(2, 3).flatten(1, 2)[:,:N]
+    y = y.flatten(2, 3)[:,:,:N].transpose(1, 2)
     return (y, state) if return_state else y
 
 # %% ../nbs/02_mixers.ipynb #c0025
@@ -198,11 +204,11 @@ def _carry(y, q, k, v, a, A, cuts, state):
     end, into = A[...,-1:] - (A - a), A                          # decay from token j to the chunk's end; from the chunk's start to token i
     if cuts is not None:
         end, into = end.masked_fill(cuts != cuts[...,-1:], -math.inf), into.masked_fill(cuts > 0, -math.inf)
-    new = (k*end.exp()[...,None]).mT @ v                         # (B, n, H, dk, dv)
+    new = (k*end.exp()[...,None]).mT @ v                         # (B, H, n, dk, dv)
     decay = into[...,-1].exp()[...,None,None]
-    S, before = torch.zeros_like(new[:,0]) if state is None else state.to(new), []
-    for new_c, decay_c in zip(new.unbind(1), decay.unbind(1)): before.append(S); S = torch.addcmul(new_c, decay_c, S)
-    return y + (q*into.exp()[...,None]) @ torch.stack(before, 1), S
+    S, before = torch.zeros_like(new[:,:,0]) if state is None else state.to(new), []
+    for new_c, decay_c in zip(new.unbind(2), decay.unbind(2)): before.append(S); S = torch.addcmul(new_c, decay_c, S)
+    return y + (q*into.exp()[...,None]) @ torch.stack(before, 2), S
 
 # %% ../nbs/02_mixers.ipynb #c0030
 class BKAttention(nn.Module):
@@ -239,7 +245,7 @@ class BKAttention(nn.Module):
         h, gate, w = self.in_proj(x).split([3*D, D, H], -1)
         tail = None
         if self.conv is not None: h, tail = self.conv(h, None if state is None else state[0], cut)
-        q, k, v = F.silu(_float(h)).unflatten(-1, (3, H, D//H)).unbind(-3)
+        q, k, v = F.silu(_float(h).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous()).transpose(2, 3).unbind(0)   # (B, N, H, d), heads outside in memory
         hop = _hop_of(cut, state)
         if hop is not None: hop = hop.to(q.dtype).expand(-1, -1, H)
         q, k, w = F.normalize(q, dim=-1), F.normalize(k, dim=-1), F.softplus(_float(w) + self.absorb_bias)
