@@ -7,10 +7,11 @@ __all__ = ['MIXERS', 'ModelConfig', 'MLP', 'ResNetBKBlock', 'ResNetBK', 'init_un
            'check_next_token']
 
 # %% ../nbs/04_model.ipynb #c0003
-import math, torch
+import math, numpy as np, torch
 from dataclasses import dataclass, field, asdict
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from huggingface_hub import PyTorchModelHubMixin
 from .mixers import BKMixer, BKAttention
 
@@ -35,6 +36,7 @@ class ModelConfig:
     ffn_mult:int=4              # hidden width of the feed-forward over D; 0 = no feed-forward
     dropout:float=0.            # on the output of mixer and feed-forward
     causal:bool=True            # False: the seeds' bidirectional encoder
+    recompute:bool=False        # training: keep only what goes in and out of blocks, compute the rest again in the backward pass (less memory, a third more time)
     allow_leak:bool=False       # let a bidirectional model train on next tokens all the same
     mixer_kw:dict=field(default_factory=dict) # further arguments by mixer name, e.g. {'resolvent': {'eta_min': 1e-3}}
 
@@ -106,24 +108,26 @@ class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=[
         if x.ndim != 2 or x.is_floating_point(): raise ValueError(f'want (B, N) integer token ids; got {x.dtype} {tuple(x.shape)}')
         h, out = self.embed(x), []
         for i,b in enumerate(self.blocks):
-            h = b(h, None if state is None else state[i], cut, return_state)
+            args = (h, None if state is None else state[i], cut, return_state)
+            h = checkpoint(b, *args, use_reentrant=False) if self.config.recompute and torch.is_grad_enabled() else b(*args)
             if return_state: h, s = h; out.append(s)
         logits = F.linear(self.norm(h), self.embed.weight, self.bias)
         return (logits, out) if return_state else logits
 
     def n_params(self): return sum(p.numel() for p in self.parameters())
 
-# %% ../nbs/04_model.ipynb #c0016
-def init_unigram(self:ResNetBK, tokens): # 1-D token ids of the training text
+# %% ../nbs/04_model.ipynb #c0017
+def init_unigram(model:nn.Module, # with an output `bias` of (vocab,)
+                 tokens,          # 1-D token ids of the training text
+                )->nn.Module:     # itself
     "Set the output bias to the log frequencies of `tokens` (with add-one smoothing): training starts at the unigram floor."
-    import numpy as np
-    n = np.bincount(np.asarray(tokens).reshape(-1).astype(np.int64), minlength=self.config.vocab_size)
-    if len(n) > self.config.vocab_size: raise ValueError(f'token {len(n)-1} does not fit a vocabulary of {self.config.vocab_size}')
-    with torch.no_grad(): self.bias.copy_(torch.as_tensor(np.log((n+1)/(n+1).sum())))
-    return self
+    n = np.bincount(np.asarray(tokens).reshape(-1).astype(np.int64), minlength=len(model.bias))
+    if len(n) > len(model.bias): raise ValueError(f'token {len(n)-1} does not fit a vocabulary of {len(model.bias)}')
+    with torch.no_grad(): model.bias.copy_(torch.as_tensor(np.log((n+1)/(n+1).sum())))
+    return model
 ResNetBK.init_unigram = init_unigram
 
-# %% ../nbs/04_model.ipynb #c0024
+# %% ../nbs/04_model.ipynb #c0025
 def step(self:ResNetBK,
     token:Tensor,     # (B,) the newest tokens
     state:list=None,  # None at the start
@@ -134,7 +138,7 @@ def step(self:ResNetBK,
     return logits[:,0], state
 ResNetBK.step = step
 
-# %% ../nbs/04_model.ipynb #c0026
+# %% ../nbs/04_model.ipynb #c0027
 def sample(logits:Tensor,       # (B, vocab)
     temperature:float=1.,       # 0 = the most likely token
     top_k:int=None,             # keep the k most likely
@@ -152,7 +156,7 @@ def sample(logits:Tensor,       # (B, vocab)
         p = torch.zeros_like(p).scatter(-1, i, s.masked_fill(s.cumsum(-1) - s >= top_p, 0))
     return torch.multinomial(p, 1, generator=generator)[:,0]
 
-# %% ../nbs/04_model.ipynb #c0028
+# %% ../nbs/04_model.ipynb #c0029
 def generate(self:ResNetBK,
     prompt:Tensor,            # (B, N) tokens, N ≥ 1
     n:int=100,                # how many to add
@@ -180,7 +184,7 @@ def _stream(model, prompt, n, temperature, top_k, top_p, seed):
     finally: model.train(was)
 ResNetBK.generate = generate
 
-# %% ../nbs/04_model.ipynb #c0033
+# %% ../nbs/04_model.ipynb #c0034
 def check_next_token(self:ResNetBK):
     "`ValueError` if this model sees the token it would be trained to predict; the training loop asks."
     if not self.config.causal and not self.config.allow_leak:
