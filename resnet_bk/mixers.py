@@ -43,10 +43,12 @@ class ShortConv(nn.Module):
     def __init__(self,
         channels:int, # C
         width:int=4,  # how many tokens it sees, itself included
+        identity:bool=True, # start as (nearly) the identity; False: random taps
     ):
         super().__init__()
         self.width = width
-        self.taps = nn.Parameter(torch.empty(width, channels).uniform_(-1, 1)/math.sqrt(width))   # newest first
+        self.taps = nn.Parameter(.02*torch.randn(width, channels) if identity else torch.empty(width, channels).uniform_(-1, 1)/math.sqrt(width))   # newest first
+        if identity: self.taps.data[0] += 1
         self.taps._no_weight_decay = True
 
     def forward(self,
@@ -116,7 +118,7 @@ class BKMixer(nn.Module):
         self.conv = ShortConv(n_in*C, conv) if conv else None
         self.spectrum = Spectrum(C, eta_min, eta_max)
         if absorb:
-            self.absorb_bias = nn.Parameter(torch.full((C,), -3.)); self.absorb_bias._no_weight_decay = True
+            self.absorb_bias = nn.Parameter(torch.full((C,), -2.)); self.absorb_bias._no_weight_decay = True
         if kind == 'resolvent':
             self.scale = nn.Parameter(self.spectrum.log_eta.detach().div(2).exp()); self.scale._no_weight_decay = True
             self.norm = nn.RMSNorm(features*C, eps=1e-5)
@@ -227,7 +229,7 @@ class BKAttention(nn.Module):
         if d_model % n_heads: raise ValueError(f'd_model must be a multiple of n_heads; got {d_model} and {n_heads}')
         self.d_model, self.n_heads, self.chunk, self.phase = d_model, n_heads, chunk, phase
         self.in_proj = nn.Linear(d_model, 4*d_model + n_heads, bias=False)
-        self.conv = ShortConv(3*d_model, conv) if conv else None
+        self.conv = ShortConv(3*d_model, conv, identity=False) if conv else None     # recall needs the neighbour from the first step on
         self.spectrum = Spectrum(n_heads, eta_min, eta_max, margin=1.)
         self.absorb_bias = nn.Parameter(torch.full((n_heads,), -4.)); self.absorb_bias._no_weight_decay = True
         self.norm = nn.RMSNorm(d_model//n_heads, eps=1e-5)
