@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .bk_core import time_together
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
-from .model import ModelConfig, ResNetBK, MLP
+from .model import ModelConfig, ResNetBK, init_unigram
 from .learner import Learner
 
 # %% ../nbs/15_benchmarks.ipynb #c0006
@@ -65,14 +65,10 @@ def language_models(vocab_size:int, context:int, d:int=128, layers:int=4)->dict:
 def train_once(make, data, steps:int, lr:float, seed:int=0)->dict: # nats, seconds, the model
     "One training run with the common loop, schedule and batches; loss on the whole validation text."
     torch.manual_seed(seed); model = make()
-    if hasattr(model, 'init_unigram'): model.init_unigram(data.train.tokens)
-    else: ResNetBK.init_unigram.__get__(_Bias(model, data.vocab_size))(data.train.tokens)
+    init_unigram(model, data.train.tokens)
     learn = Learner(model, data, lr=lr, eval_every=0, checkpoint_every=0, seed=seed)
     t = time.perf_counter(); learn.fit(steps=steps); t = time.perf_counter() - t
     return dict(nats=learn.evaluate()['nats'], seconds=t, model=model)
-
-class _Bias: # lets a rival start at the unigram floor as well
-    def __init__(self, m, v): self.bias, self.config = m.bias, ModelConfig(v)
 
 # %% ../nbs/15_benchmarks.ipynb #c0012
 def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2), make:dict=None, seed:int=0)->list:
@@ -141,15 +137,15 @@ _memory_code = '''
 import resource, sys, torch
 from resnet_bk.model import ModelConfig, ResNetBK
 from torch.nn import functional as F
-n = int(sys.argv[1]); torch.manual_seed(0); m = ResNetBK(ModelConfig(65)); x = torch.randint(65, (1, n+1))
+n = int(sys.argv[1]); torch.manual_seed(0); m = ResNetBK(ModelConfig(65, recompute=sys.argv[2] == 'True')); x = torch.randint(65, (1, n+1))
 step = lambda x: F.cross_entropy(m(x[:,:-1]).flatten(0,1), x[:,1:].flatten()).backward()
 step(x[:,:65]); rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 before = rss(); step(x); print(rss() - before)
 '''
-def step_memory(n:int)->int: # bytes
+def step_memory(n:int, recompute:bool=False)->int: # bytes
     "Peak memory of one training step of the default model on one row of `n` tokens, in a fresh process."
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.abspath('..'), os.environ.get('PYTHONPATH', '')]))
-    r = subprocess.run([sys.executable, '-c', _memory_code, str(n)], capture_output=True, text=True, env=env)
+    r = subprocess.run([sys.executable, '-c', _memory_code, str(n), str(recompute)], capture_output=True, text=True, env=env)
     if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {r.stderr.strip().splitlines()[-1:] or r.returncode}')
     return int(r.stdout)
 

@@ -6,7 +6,7 @@
 __all__ = ['bk_train', 'bk_generate', 'train_main', 'generate_main']
 
 # %% ../nbs/14_cli.ipynb #c0003
-import argparse, codecs, json, sys, time, torch
+import argparse, contextlib, json, sys, torch
 from pathlib import Path
 from fastcore.script import anno_parser, store_true
 from .data import LMData, load_tokenizer
@@ -131,7 +131,8 @@ def bk_generate(
     if (folder/'model').is_dir(): folder = folder/'model'
     if not (folder/'config.json').exists(): raise ValueError(f'{folder} holds no model (no config.json); give the folder that bk_train wrote')
     if prompt is None: prompt = sys.stdin.read()
-    _write(ResNetBK.from_pretrained(folder).eval(), load_tokenizer(folder), prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    with contextlib.redirect_stdout(sys.stderr): model = ResNetBK.from_pretrained(folder).eval()      # the hub library prints a line of its own
+    _write(model, load_tokenizer(folder), prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     print()
 
 # %% ../nbs/14_cli.ipynb #c0020
