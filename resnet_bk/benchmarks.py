@@ -78,7 +78,7 @@ def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2), mak
     for name,f in make.items():
         trial = {lr: train_once(f, data, pilot, lr, seed)['nats'] for lr in lrs}
         lr = min(trial, key=trial.get); print(f'{name}: pilots of {pilot} steps', {k: round(v, 3) for k,v in trial.items()}, flush=True)
-        row(name, lr, steps, **train_once(f, data, steps, lr, seed)); print(rows[-1], flush=True)
+        row(name, lr, steps, **train_once(f, data, steps, lr, seed))
     by = {r['model']: r for r in rows}
     if {'GPT', 'ResNet-BK'} <= set(by):
         n = max(1, int(steps*by['GPT']['seconds']/by['ResNet-BK']['seconds']))
@@ -88,7 +88,7 @@ def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2), mak
 def with_floors(rows, data): # floors as the last rows of the table
     return rows + [dict(rows[0], model=f'{n} floor', lr='', steps='', seconds='', params='', nats=v, bpb=data.report(v)['bpb']) for n,v in (('bigram', data.floors.bigram), ('unigram', data.floors.unigram))]
 
-# %% ../nbs/15_benchmarks.ipynb #c0020
+# %% ../nbs/15_benchmarks.ipynb #c0021
 class RecallData:
     "Endless recall batches with the interface of `LMData` that `Learner` needs."
     class Stream:
@@ -117,13 +117,13 @@ def recall(make, n_pairs:int, steps:int=1000, lr:float=3e-3, seed:int=0)->float:
 def recall_models(d:int=64, layers:int=2)->dict:
     return {'ResNet-BK': lambda: ResNetBK(ModelConfig(64, d, layers)), 'GPT': lambda: GPT(64, d, layers, context=128), 'LSTM': lambda: LSTM(64, d)}
 
-# %% ../nbs/15_benchmarks.ipynb #c0024
+# %% ../nbs/15_benchmarks.ipynb #c0025
 def layer_step(layer, B, N, d=128):
     "A function that runs `layer` forward and backward on (B, N, d)."
     x, ct = torch.randn(B, N, d, requires_grad=True), torch.randn(B, N, d); ps = [p for p in layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), [x, *ps], ct)
 
-# %% ../nbs/15_benchmarks.ipynb #c0027
+# %% ../nbs/15_benchmarks.ipynb #c0028
 def profile(f, n:int=5, top:int=12)->str:
     "Where a function's time goes: `torch.profiler`, self CPU time, the largest entries in per cent."
     f()
@@ -132,24 +132,26 @@ def profile(f, n:int=5, top:int=12)->str:
     ev = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total); total = sum(e.self_cpu_time_total for e in ev)
     return table([{'operation': e.key[:48], 'ms': e.self_cpu_time_total/1e3/n, 'share %': 100*e.self_cpu_time_total/total} for e in ev[:top]])
 
-# %% ../nbs/15_benchmarks.ipynb #c0031
+# %% ../nbs/15_benchmarks.ipynb #c0032
 _memory_code = '''
-import resource, sys, torch
+import sys, torch
 from resnet_bk.model import ModelConfig, ResNetBK
 from torch.nn import functional as F
 n = int(sys.argv[1]); torch.manual_seed(0); m = ResNetBK(ModelConfig(65, recompute=sys.argv[2] == 'True')); x = torch.randint(65, (1, n+1))
 step = lambda x: F.cross_entropy(m(x[:,:-1]).flatten(0,1), x[:,1:].flatten()).backward()
-step(x[:,:65]); rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
-before = rss(); step(x); print(rss() - before)
+step(x[:,:65])
+def kb(what): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(what))
+open('/proc/self/clear_refs', 'w').write('5')              # the high-water mark starts again from here
+before = kb('VmRSS'); step(x); print((kb('VmHWM') - before)*1024)
 '''
 def step_memory(n:int, recompute:bool=False)->int: # bytes
-    "Peak memory of one training step of the default model on one row of `n` tokens, in a fresh process."
+    "Peak memory of one training step of the default model on one row of `n` tokens, in a fresh process (Linux: reads `/proc`)."
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.abspath('..'), os.environ.get('PYTHONPATH', '')]))
     r = subprocess.run([sys.executable, '-c', _memory_code, str(n), str(recompute)], capture_output=True, text=True, env=env)
     if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {r.stderr.strip().splitlines()[-1:] or r.returncode}')
     return int(r.stdout)
 
-# %% ../nbs/15_benchmarks.ipynb #c0034
+# %% ../nbs/15_benchmarks.ipynb #c0035
 def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->dict: # context -> ms per token
     "Milliseconds per decoded token after contexts of several lengths, measured in turns, median."
     state, vocab = {}, model.config.vocab_size; model.eval()
