@@ -1065,10 +1065,12 @@ def vmapped_get_diag(
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds
-    "Time several functions side by side: one warm-up, then rounds that interleave them; the median of each in ms."
-    ts = {n: [] for n in fns}
-    for f in fns.values(): f()
+    "Time several functions side by side: a warm-up, then rounds that interleave them, samples of at least 2 ms; the median of each in ms."
+    ts, reps = {n: [] for n in fns}, {}
+    for n,f in fns.items(): f(); t = time.perf_counter(); f(); reps[n] = max(1, round(.002/(time.perf_counter() - t + 1e-9)))
     for _ in range(rounds):
         for n,f in fns.items():
-            t = time.perf_counter(); f(); ts[n].append((time.perf_counter() - t)*1e3)
+            t = time.perf_counter()
+            for _ in range(min(reps[n], 1000)): f()
+            ts[n].append((time.perf_counter() - t)*1e3/min(reps[n], 1000))
     return {n: sorted(t)[len(t)//2] for n,t in ts.items()}
