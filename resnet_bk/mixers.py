@@ -90,6 +90,7 @@ def _hop_of(cut, state): # (B, N) cuts -> hopping (B, N-1, 1), or (B, N, 1) onto
 
 def _float(x): return x if x.dtype == torch.float64 else x.float()
 
+# %% ../nbs/02_mixers.ipynb #c0015
 class BKMixer(nn.Module):
     """Causal resolvent mixer, one chain per channel: `y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j` with a learned z per channel and an absorbing potential per token as forget gate. O(N).
 
@@ -124,9 +125,7 @@ class BKMixer(nn.Module):
             self.norm = nn.RMSNorm(features*C, eps=1e-5)
         self.out_proj = nn.Linear(features*C, d_model, bias=False)
 
-    def extra_repr(self): return f'{self.kind}, {self.channels} chains' + ('' if self.causal else ', two-sided')
-
-# %% ../nbs/02_mixers.ipynb #c0016
+# %% ../nbs/02_mixers.ipynb #c0017
 def _split(self, x, state, cut):
     "Projections of x: dict with u, w, v (what there is), the gate, and the new tail of the convolution."
     n = self.n_in*self.channels
@@ -163,8 +162,9 @@ def _forward(self,
     return (y, (tail, chain)) if return_state else y
 
 BKMixer._split, BKMixer.forward = _split, _forward
+BKMixer.extra_repr = lambda self: f'{self.kind}, {self.channels} chains' + ('' if self.causal else ', two-sided')
 
-# %% ../nbs/02_mixers.ipynb #c0024
+# %% ../nbs/02_mixers.ipynb #c0025
 def resolvent_attention(
     q:Tensor,         # (B, N, H, dk) queries
     k:Tensor,         # (B, N, H, dk) keys
@@ -200,7 +200,7 @@ def resolvent_attention(
     y = y.flatten(2, 3)[:,:,:N].transpose(1, 2)
     return (y, state) if return_state else y
 
-# %% ../nbs/02_mixers.ipynb #c0025
+# %% ../nbs/02_mixers.ipynb #c0026
 def _carry(y, q, k, v, a, A, cuts, state):
     "Between chunks: each adds to the matrix state what it saw, and reads what those before it left."
     end, into = A[...,-1:] - (A - a), A                          # decay from token j to the chunk's end; from the chunk's start to token i
@@ -212,7 +212,7 @@ def _carry(y, q, k, v, a, A, cuts, state):
     for new_c, decay_c in zip(new.unbind(2), decay.unbind(2)): before.append(S); S = torch.addcmul(new_c, decay_c, S)
     return y + (q*into.exp()[...,None]) @ torch.stack(before, 2), S
 
-# %% ../nbs/02_mixers.ipynb #c0030
+# %% ../nbs/02_mixers.ipynb #c0031
 class BKAttention(nn.Module):
     "Linear attention with a d×d state per head, decaying by the causal Green's function of one chain per head: `y = (Q Kᵀ ∘ |G|) V`. O(N); exact streaming."
     def __init__(self,
@@ -260,7 +260,7 @@ class BKAttention(nn.Module):
         g = g[:,-1] if g.shape[1] else g.new_zeros(len(g), H) if state is None else state[1]     # an empty piece leaves the state as it was
         return y, (tail, g, S)
 
-# %% ../nbs/02_mixers.ipynb #c0031
+# %% ../nbs/02_mixers.ipynb #c0032
 def _pivots(z, w, hop, g0):
     "Causal pivots of the heads' chains, going on from g0 if there is one."
     if g0 is None: return resolvent_diag(None, z, w, hop, causal=True)
