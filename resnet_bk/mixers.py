@@ -235,32 +235,34 @@ class BKAttention(nn.Module):
         self.norm = nn.RMSNorm(d_model//n_heads, eps=1e-5)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def extra_repr(self): return f'{self.n_heads} heads of {self.d_model//self.n_heads}'
-
-    def forward(self,
-        x:Tensor,               # (B, N, D)
-        state:tuple=None,       # (conv tail, g of the heads' chains, S) of the tokens before
-        cut:Tensor=None,        # (B, N) bool, true where a new document begins
-        return_state:bool=False,
-    ):                          # (B, N, D), with return_state also the new state
-        D, H = self.d_model, self.n_heads
-        h, gate, w = self.in_proj(x).split([3*D, D, H], -1)
-        tail = None
-        if self.conv is not None: h, tail = self.conv(h, None if state is None else state[0], cut)
-        q, k, v = F.silu(_float(h).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous()).transpose(2, 3).unbind(0)   # (B, N, H, d), heads outside in memory
-        hop = _hop_of(cut, state)
-        if hop is not None: hop = hop.to(q.dtype).expand(-1, -1, H)
-        q, k, w = F.normalize(q, dim=-1), F.normalize(k, dim=-1), F.softplus(_float(w) + self.absorb_bias)
-        g = _pivots(self.spectrum(), w, hop, None if state is None else state[1])
-        if self.phase: y, S = _with_phase(q, k, v, g), None
-        else: y, S = resolvent_attention(q, k, v, g.abs(), hop, None if state is None else state[2], True, self.chunk) if return_state or state is not None else (resolvent_attention(q, k, v, g.abs(), hop, chunk=self.chunk), None)
-        y = self.norm(y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
-        y = self.out_proj(y.flatten(-2).to(x.dtype))
-        if not return_state: return y
-        g = g[:,-1] if g.shape[1] else g.new_zeros(len(g), H) if state is None else state[1]     # an empty piece leaves the state as it was
-        return y, (tail, g, S)
-
 # %% ../nbs/02_mixers.ipynb #c0032
+def _forward(self,
+    x:Tensor,               # (B, N, D)
+    state:tuple=None,       # (conv tail, g of the heads' chains, S) of the tokens before
+    cut:Tensor=None,        # (B, N) bool, true where a new document begins
+    return_state:bool=False,
+):                          # (B, N, D), with return_state also the new state
+    D, H = self.d_model, self.n_heads
+    h, gate, w = self.in_proj(x).split([3*D, D, H], -1)
+    tail = None
+    if self.conv is not None: h, tail = self.conv(h, None if state is None else state[0], cut)
+    q, k, v = F.silu(_float(h).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous()).transpose(2, 3).unbind(0)   # (B, N, H, d), heads outside in memory
+    hop = _hop_of(cut, state)
+    if hop is not None: hop = hop.to(q.dtype).expand(-1, -1, H)
+    q, k, w = F.normalize(q, dim=-1), F.normalize(k, dim=-1), F.softplus(_float(w) + self.absorb_bias)
+    g = _pivots(self.spectrum(), w, hop, None if state is None else state[1])
+    if self.phase: y, S = _with_phase(q, k, v, g), None
+    else: y, S = resolvent_attention(q, k, v, g.abs(), hop, None if state is None else state[2], True, self.chunk) if return_state or state is not None else (resolvent_attention(q, k, v, g.abs(), hop, chunk=self.chunk), None)
+    y = self.norm(y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
+    y = self.out_proj(y.flatten(-2).to(x.dtype))
+    if not return_state: return y
+    g = g[:,-1] if g.shape[1] else g.new_zeros(len(g), H) if state is None else state[1]     # an empty piece leaves the state as it was
+    return y, (tail, g, S)
+
+BKAttention.forward = _forward
+BKAttention.extra_repr = lambda self: f'{self.n_heads} heads of {self.d_model//self.n_heads}'
+
+# %% ../nbs/02_mixers.ipynb #c0033
 def _pivots(z, w, hop, g0):
     "Causal pivots of the heads' chains, going on from g0 if there is one."
     if g0 is None: return resolvent_diag(None, z, w, hop, causal=True)
