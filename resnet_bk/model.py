@@ -36,7 +36,7 @@ class ModelConfig:
     ffn_mult:int=4              # hidden width of the feed-forward over D; 0 = no feed-forward
     dropout:float=0.            # on the output of mixer and feed-forward
     causal:bool=True            # False: the seeds' bidirectional encoder
-    recompute:bool=False        # training: keep only what goes in and out of blocks, compute the rest again in the backward pass (less memory, a third more time)
+    recompute:bool=False        # training: keep only what goes in and out of blocks, compute the rest again in the backward pass (less memory, more time)
     allow_leak:bool=False       # let a bidirectional model train on next tokens all the same
     mixer_kw:dict=field(default_factory=dict) # further arguments by mixer name, e.g. {'resolvent': {'eta_min': 1e-3}}
 
