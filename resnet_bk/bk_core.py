@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['CPP_LANES', 'CPP_STREAMS', 'CPP_DRIVER', 'CPP_SCAN', 'CPP_ASSOCIATIVE', 'CPP_AFFINE', 'CPP_SCAN_BACKWARD',
-           'CPP_TWO_SIDED_BACKWARD', 'CPP_ENTRY', 'BACKENDS', 'OptT', 'dense_resolvent', 'kernel_path', 'cpu_kernel',
+           'CPP_TWO_SIDED_BACKWARD', 'CPP_ENTRY', 'CORE', 'BACKENDS', 'OptT', 'dense_resolvent', 'CppLibrary',
            'Reference', 'Cpp', 'scan_op', 'scan_backward_op', 'diag_op', 'diag_backward_op', 'solve_op',
            'solve_backward_op', 'resolvent_diag', 'resolvent_mix', 'get_tridiagonal_inverse_diagonal',
            'vmapped_get_diag', 'time_together']
 
 # %% ../nbs/01_bk_core.ipynb #c0003
 import ctypes, hashlib, inspect, os, platform, shutil, sys, tempfile, threading, time, warnings
-from functools import cache
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -634,7 +633,6 @@ ENTRY(scan) ENTRY(scan_backward) ENTRY(diag) ENTRY(diag_backward) ENTRY(solve) E
 '''
 
 # %% ../nbs/01_bk_core.ipynb #c0065
-_SOURCE = ''.join([CPP_LANES, CPP_STREAMS, CPP_DRIVER, CPP_SCAN, CPP_ASSOCIATIVE, CPP_AFFINE, CPP_SCAN_BACKWARD, CPP_TWO_SIDED_BACKWARD, CPP_ENTRY])
 _FLAGS = ['-O3', '-std=c++17', '-fopenmp', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-ffp-contract=fast',
           '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native']
 
@@ -644,43 +642,44 @@ def _cpu_key():
     except OSError: info = []
     return platform.platform(terse=True), platform.machine(), platform.processor(), *info
 
-def kernel_path()->Path: # where the compiled kernel is, or will be
-    "Cache path of the CPU kernel; `$TORCH_EXTENSIONS_DIR` moves the cache."
-    root = os.environ.get('TORCH_EXTENSIONS_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'torch_extensions'
-    key = hashlib.sha256(repr((_SOURCE, _FLAGS, _cpu_key())).encode()).hexdigest()[:16]
-    return Path(root)/'resnet_bk'/f'bk_core_{key}.so'
-
-# %% ../nbs/01_bk_core.ipynb #c0066
-def _build(path:Path):
+def _build(path, source):
     "Compile with `load_inline` in a private folder, then move the library to `path` in one step."
     from torch.utils.cpp_extension import load_inline
     kw = dict(no_implicit_headers=True) if 'no_implicit_headers' in inspect.signature(load_inline).parameters else {}
     cxx = os.environ.get('CXX', 'c++')
     if not shutil.which(cxx): raise FileNotFoundError(f'compiler {cxx!r} not found')
     path.parent.mkdir(parents=True, exist_ok=True)
-    print('resnet_bk: compiling the CPU kernel, once (about ten seconds) ...', file=sys.stderr, flush=True)
+    print(f'resnet_bk: compiling the CPU kernel {path.stem.rsplit("_", 1)[0]}, once (about ten seconds) ...', file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         # ninja comes as a Python package: its folder must be on the path also when the virtual environment is not activated
         old = os.environ['PATH']; os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), old])
-        try: load_inline(path.stem, _SOURCE, extra_cflags=_FLAGS, extra_ldflags=['-fopenmp'], build_directory=tmp, is_python_module=False, with_cuda=False, **kw)
+        try: load_inline(path.stem, source, extra_cflags=_FLAGS, extra_ldflags=['-fopenmp'], build_directory=tmp, is_python_module=False, with_cuda=False, **kw)
         finally: os.environ['PATH'] = old
         os.replace(next(Path(tmp).glob('*.so')), path)
 
-@cache
-def _load():
-    "The compiled kernel as a ctypes library, or None, said once in one line."
-    try:
-        path = kernel_path()
-        if not path.exists(): _build(path)
-        return ctypes.CDLL(str(path))
-    except Exception as e:
-        why = next((l.strip() for l in reversed(str(e).splitlines()) if 'error' in l.lower()), (str(e).splitlines() or [repr(e)])[0])[:160]
-        warnings.warn(f'resnet_bk: no C++ kernel ({type(e).__name__}: {why}); using the slow PyTorch reference. Mend: install a C++ compiler (g++ or clang++) and restart Python.')
+# %% ../nbs/01_bk_core.ipynb #c0066
+class CppLibrary:
+    "Plain C++ compiled at the first `load`, kept in a cache, called through ctypes."
+    def __init__(self, name:str, source:str): self.name, self.source, self._lock, self._lib = name, source, threading.Lock(), ...
+    @property
+    def path(self)->Path:
+        "Where the compiled library is, or will be; `$TORCH_EXTENSIONS_DIR` moves the cache."
+        root = os.environ.get('TORCH_EXTENSIONS_DIR') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'torch_extensions'
+        key = hashlib.sha256(repr((self.source, _FLAGS, _cpu_key())).encode()).hexdigest()[:16]
+        return Path(root)/'resnet_bk'/f'{self.name}_{key}.so'
+    def load(self): # the library, or None, said once in one line
+        with self._lock:
+            if self._lib is ...: self._lib = self._try()
+        return self._lib
+    def _try(self):
+        try:
+            if not self.path.exists(): _build(self.path, self.source)
+            return ctypes.CDLL(str(self.path))
+        except Exception as e:
+            why = next((l.strip() for l in reversed(str(e).splitlines()) if 'error' in l.lower()), (str(e).splitlines() or [repr(e)])[0])[:160]
+            warnings.warn(f'resnet_bk: no C++ kernel {self.name} ({type(e).__name__}: {why}); using the slow PyTorch reference. Mend: install a C++ compiler (g++ or clang++) and restart Python.')
 
-_lock = threading.Lock()
-def cpu_kernel():
-    "The compiled CPU kernel, built at the first call; None if it cannot be built."
-    with _lock: return _load()
+CORE = CppLibrary('bk_core', ''.join([CPP_LANES, CPP_STREAMS, CPP_DRIVER, CPP_SCAN, CPP_ASSOCIATIVE, CPP_AFFINE, CPP_SCAN_BACKWARD, CPP_TWO_SIDED_BACKWARD, CPP_ENTRY]))
 
 # %% ../nbs/01_bk_core.ipynb #c0069
 def _stream(t, parts=1): # (B, rows, C) tensor -> pointer, batch stride, row stride, rows (strides in reals)
@@ -695,7 +694,7 @@ def _call(name, shape, dtype, E, eta, off, *streams):
     B,N,C = shape
     args = [B, N, C, torch.get_num_threads(), off, 0 if E is None else E.data_ptr(), 0 if eta is None else eta.data_ptr()]
     for s in streams: args += s
-    fn = getattr(cpu_kernel(), f"bk_{name}_{'f32' if dtype == torch.float32 else 'f64'}")
+    fn = getattr(CORE.load(), f"bk_{name}_{'f32' if dtype == torch.float32 else 'f64'}")
     return fn((ctypes.c_int64*len(args))(*args))
 
 def _raise(bad, eta, w, hop):
@@ -787,9 +786,9 @@ BACKENDS['cpp'] = Cpp
 
 # %% ../nbs/01_bk_core.ipynb #c0074
 def _backend(name, x):
-    if not name: name = 'cpp' if x.device.type == 'cpu' and cpu_kernel() else 'cuda' if x.device.type == 'cuda' and 'cuda' in BACKENDS else 'reference'
+    if not name: name = 'cpp' if x.device.type == 'cpu' and CORE.load() else 'cuda' if x.device.type == 'cuda' and 'cuda' in BACKENDS else 'reference'
     if name not in BACKENDS: raise ValueError(f"backend {name!r} is not here; have {sorted(BACKENDS)}")
-    if name == 'cpp' and (x.device.type != 'cpu' or not cpu_kernel()): raise ValueError(f"backend 'cpp' wants CPU tensors and a C++ compiler; got a tensor on {x.device}")
+    if name == 'cpp' and (x.device.type != 'cpu' or not CORE.load()): raise ValueError(f"backend 'cpp' wants CPU tensors and a C++ compiler; got a tensor on {x.device}")
     return BACKENDS[name]
 
 def _checked(name, x, eta, w, hop): # the compiled kernels look while they compute; the reference looks here, without making a GPU wait
@@ -986,6 +985,12 @@ def _hop(hop, shape, dt, dev, state):
     raise ValueError(f'hop must be a scalar, ({C},) or (B, N-1, C) = {(B, max(N-1,0), C)}{" or, with a state, (B, N, C)" if state else ""}; got {tuple(hop.shape)}')
 
 # %% ../nbs/01_bk_core.ipynb #c0087
+def _state(state, x):
+    B,N,C = x.shape
+    for s in state:
+        if s.shape != (B, C): raise ValueError(f'state must be {(B, C)} each; got {tuple(s.shape)}')
+    return tuple(s.to(x.dtype.to_complex()) for s in state)
+
 def _plain(*ts): # nothing is watching (autograd, compile, vmap, dispatch modes): the kernel can be called without the dispatcher, which costs 0.1 ms
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
                 or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ts))
@@ -997,13 +1002,16 @@ def resolvent_diag(
     hop=None,           # hopping t ≥ 0: None (= 1), scalar, (C,) or (B, N-1, C); 0 cuts the chain
     causal:bool=False,  # False: G_ii of the whole chain; True: g_i = 1/l_i of the chain cut after i
     backend:str=None,   # 'reference', 'cpp', ...; None = the best that loads
+    state:Tensor=None,  # (B, C) complex, causal only: g of the token before; then hop may be (B, N, C), the bond to it first
 )->Tensor:              # (B, N, C) complex, |G| ≤ 1/η
     """Diagonal of the resolvent `(H - zI)⁻¹`, `H = tridiag(t, -2 + v - iw, t)`, by pivots (recursive Green's function); O(N), exact gradients to v, z, absorb, hop.
 
     Half precision is computed in float32. Raises `ValueError` for wrong shapes, complex or integer potentials, Im z ≤ 0, negative absorb or hop. Not twice differentiable."""
-    v, _, E, eta, w, hop = _inputs(v, None, z, absorb, hop)
-    plain = _plain(v, E, w, hop)
-    if causal: return (_scan if plain else scan_op)(v, w, None, E, eta, hop, None, None, backend or '')[0]
+    if state is not None and not causal: raise ValueError('a state belongs to causal pivots; with causal=False the whole chain is solved at once')
+    v, _, E, eta, w, hop = _inputs(v, None, z, absorb, hop, state)
+    if state is not None: state = _state((state,), w if v is None else v)[0]
+    plain = _plain(v, E, w, hop, state)
+    if causal: return (_scan if plain else scan_op)(v, w, None, E, eta, hop, state, None, backend or '')[0]
     return _diag(v, w, E, eta, hop, backend or '', keep=False)[0] if plain else diag_op(v, w, E, eta, hop, backend or '')[0]
 
 # %% ../nbs/01_bk_core.ipynb #c0090
@@ -1025,11 +1033,8 @@ def resolvent_mix(
     if not causal and (state is not None or return_state): raise ValueError('a state belongs to causal mixing; with causal=False the whole chain is solved at once')
     v, u, E, eta, w, hop = _inputs(v, u, z, absorb, hop, state)
     if not causal: return solve_op(v, w, u, E, eta, hop, backend or '')[0]
-    B,N,C = u.shape; cdt = torch.complex64 if u.dtype == torch.float32 else torch.complex128
-    if state is not None:
-        for s in state:
-            if s.shape != (B, C): raise ValueError(f'state must be (g, y), each {(B, C)}; got {tuple(s.shape)}')
-        state = tuple(s.to(cdt) for s in state)
+    B,N,C = u.shape
+    if state is not None: state = _state(state, u)
     g, y = (_scan if _plain(v, u, E, w, hop, *(state or ())) else scan_op)(v, w, u, E, eta, hop, *(state or (None, None)), backend or '')
     if not return_state: return y
     if N: return y, (g[:,-1], y[:,-1])
