@@ -979,8 +979,8 @@ def _hop(hop, shape, dt, dev, state):
         if hop < 0: raise ValueError(f'hop must be ≥ 0; got {hop}')
         hop = torch.full((C,), float(hop), dtype=dt, device=dev)
     if not hop.is_floating_point(): raise ValueError(f'hop must be real; got {hop.dtype}')
-    bonds = (N-1, N) if state else (N-1,)
-    if hop.ndim < 2 and hop.shape in ((), (1,), (C,)): return hop.to(dt).expand(B, max(bonds[-1], 0), C)
+    bonds = (max(N-1, 0), N) if state else (max(N-1, 0),)
+    if hop.ndim < 2 and hop.shape in ((), (1,), (C,)): return hop.to(dt).expand(B, bonds[-1], C)
     if hop.ndim == 3 and hop.shape[1] in bonds and hop.shape[0] in (1, B) and hop.shape[2] in (1, C): return hop.to(dt).expand(B, hop.shape[1], C)
     raise ValueError(f'hop must be a scalar, ({C},) or (B, N-1, C) = {(B, max(N-1,0), C)}{" or, with a state, (B, N, C)" if state else ""}; got {tuple(hop.shape)}')
 
