@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', 'compare_language', 'with_floors', 'RecallData',
-           'recall', 'recall_models', 'layer_step', 'profile', 'step_memory', 'decode_times']
+           'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'machine_rates', 'profile', 'step_memory',
+           'decode_times']
 
 # %% ../nbs/15_benchmarks.ipynb #c0003
 import json, math, os, platform, subprocess, sys, time, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .bk_core import time_together
+from .bk_core import resolvent_mix, time_together
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import ModelConfig, ResNetBK, init_unigram
-from .learner import Learner
+from .learner import Learner, keep_memory
 
 # %% ../nbs/15_benchmarks.ipynb #c0006
 def machine()->str: # one line
@@ -44,7 +45,7 @@ class _SDPA(nn.Module):
 class GPT(ResNetBK):
     "The transformer of the same shape: our block with attention in the mixer slot, and a position embedding."
     def __init__(self, vocab_size:int, d_model:int=128, n_layers:int=4, n_heads:int=4, context:int=512):
-        super().__init__(ModelConfig(vocab_size, d_model, n_layers), make_mixer=lambda cfg, i: _SDPA(d_model, n_heads))
+        super().__init__(ModelConfig(vocab_size, d_model, n_layers, ffn_mult=4, tie=True), make_mixer=lambda cfg, i: _SDPA(d_model, n_heads))
         self.position = nn.Parameter(torch.randn(context, d_model)*.02)
         self.embed.register_forward_hook(lambda m, i, h: h + self.position[:h.shape[1]])
 
@@ -71,8 +72,8 @@ def train_once(make, data, steps:int, lr:float, seed:int=0)->dict: # nats, secon
     return dict(nats=learn.evaluate()['nats'], seconds=t, model=model)
 
 # %% ../nbs/15_benchmarks.ipynb #c0012
-def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2), make:dict=None, seed:int=0)->list:
-    "Every model: a short pilot at each learning rate, then the whole run with the best; ours once more with as many steps as fit into the GPT's time."
+def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:
+    "Every model: a short pilot at each learning rate, then the whole run with the best; ours once more with as many steps as fit into each rival's time."
     make, rows = make or language_models(data.vocab_size, data.train.context), []
     def row(name, lr, n, **r): rows.append(dict(model=name, lr=lr, steps=n, nats=r['nats'], bpb=data.report(r['nats'])['bpb'], seconds=r['seconds'], params=sum(p.numel() for p in r['model'].parameters())))
     for name,f in make.items():
@@ -80,9 +81,9 @@ def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2), mak
         lr = min(trial, key=trial.get); print(f'{name}: pilots of {pilot} steps', {k: round(v, 3) for k,v in trial.items()}, flush=True)
         row(name, lr, steps, **train_once(f, data, steps, lr, seed))
     by = {r['model']: r for r in rows}
-    if {'GPT', 'ResNet-BK'} <= set(by):
-        n = max(1, int(steps*by['GPT']['seconds']/by['ResNet-BK']['seconds']))
-        row("ResNet-BK, GPT's time", by['ResNet-BK']['lr'], n, **train_once(make['ResNet-BK'], data, n, by['ResNet-BK']['lr'], seed))
+    for rival in ('GPT', 'LSTM'):
+        n = max(1, int(steps*by[rival]['seconds']/by['ResNet-BK']['seconds']))
+        row(f"ResNet-BK, {rival}'s time", by['ResNet-BK']['lr'], n, **train_once(make['ResNet-BK'], data, n, by['ResNet-BK']['lr'], seed))
     return rows
 
 def with_floors(rows, data): # floors as the last rows of the table
@@ -118,12 +119,36 @@ def recall_models(d:int=64, layers:int=2)->dict:
     return {'ResNet-BK': lambda: ResNetBK(ModelConfig(64, d, layers)), 'GPT': lambda: GPT(64, d, layers, context=128), 'LSTM': lambda: LSTM(64, d)}
 
 # %% ../nbs/15_benchmarks.ipynb #c0025
+def train_step(model, B:int, N:int, bf16:bool=False):
+    "A function that takes one whole training step of `model` on random tokens (B, N)."
+    vocab = model.embed.num_embeddings; x = torch.randint(vocab, (B, N+1)); opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    def f():
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): logits = model(x[:,:-1])
+        loss = F.cross_entropy(logits.float().flatten(0,1), x[:,1:].flatten())
+        opt.zero_grad(); loss.backward(); opt.step()
+    return f
+
+class MambaLM(nn.Module):
+    "Mamba (`pip install mambapy`) with a tied embedding."
+    def __init__(self, vocab_size:int, d_model:int=128, n_layers:int=6):
+        super().__init__(); from mambapy.mamba import Mamba, MambaConfig
+        self.embed, self.mamba, self.norm, self.bias = nn.Embedding(vocab_size, d_model), Mamba(MambaConfig(d_model=d_model, n_layers=n_layers)), nn.RMSNorm(d_model), nn.Parameter(torch.zeros(vocab_size))
+    def forward(self, x): return F.linear(self.norm(self.mamba(self.embed(x))), self.embed.weight, self.bias)
+
+# %% ../nbs/15_benchmarks.ipynb #c0028
 def layer_step(layer, B, N, d=128):
     "A function that runs `layer` forward and backward on (B, N, d)."
     x, ct = torch.randn(B, N, d, requires_grad=True), torch.randn(B, N, d); ps = [p for p in layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), [x, *ps], ct)
 
-# %% ../nbs/15_benchmarks.ipynb #c0028
+# %% ../nbs/15_benchmarks.ipynb #c0031
+def machine_rates()->dict: # GB/s and GFLOP/s
+    "Copy bandwidth (bytes read plus written) and matrix-product rates of this machine, all threads."
+    a, b = torch.randn(2**25), torch.empty(2**25); x, w = torch.randn(8192, 512), torch.randn(512, 512); xb, wb = x.bfloat16(), w.bfloat16()
+    t = time_together({'copy': lambda: b.copy_(a), 'f32': lambda: F.linear(x, w), 'bf16': lambda: F.linear(xb, wb)}, 9); flops = 2*8192*512*512
+    return {'copy GB/s': 2*a.numel()*4/t['copy']/1e6, 'float32 GFLOP/s': flops/t['f32']/1e6, 'bfloat16 GFLOP/s': flops/t['bf16']/1e6}
+
+# %% ../nbs/15_benchmarks.ipynb #c0037
 def profile(f, n:int=5, top:int=12)->str:
     "Where a function's time goes: `torch.profiler`, self CPU time, the largest entries in per cent."
     f()
@@ -132,7 +157,7 @@ def profile(f, n:int=5, top:int=12)->str:
     ev = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total); total = sum(e.self_cpu_time_total for e in ev)
     return table([{'operation': e.key[:48], 'ms': e.self_cpu_time_total/1e3/n, 'share %': 100*e.self_cpu_time_total/total} for e in ev[:top]])
 
-# %% ../nbs/15_benchmarks.ipynb #c0032
+# %% ../nbs/15_benchmarks.ipynb #c0041
 _memory_code = '''
 import sys, torch
 from resnet_bk.model import ModelConfig, ResNetBK
@@ -151,7 +176,7 @@ def step_memory(n:int, recompute:bool=False)->int: # bytes
     if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {r.stderr.strip().splitlines()[-1:] or r.returncode}')
     return int(r.stdout)
 
-# %% ../nbs/15_benchmarks.ipynb #c0035
+# %% ../nbs/15_benchmarks.ipynb #c0044
 def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->dict: # context -> ms per token
     "Milliseconds per decoded token after contexts of several lengths, measured in turns, median."
     state, vocab = {}, model.config.vocab_size; model.eval()

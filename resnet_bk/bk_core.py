@@ -122,6 +122,19 @@ CPP_LANES = r'''
 #include <algorithm>
 typedef int64_t I;
 #define RESTRICT __restrict__
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+// Large results lie in memory the system has not given yet: ask for huge pages, and let all threads touch it first, or one clears it while the others wait.
+static void fresh(void* p, size_t bytes, int threads) {
+  if (!p || bytes < ((size_t)8 << 20)) return;
+  uintptr_t a = ((uintptr_t)p + 4095) / 4096 * 4096, e = (uintptr_t)p + bytes;
+#ifdef __linux__
+  madvise((void*)a, e - a, MADV_HUGEPAGE);
+#endif
+  #pragma omp parallel for num_threads(threads) schedule(static)
+  for (I q = (I)a; q < (I)e; q += 4096) *(volatile char*)q = 0;
+}
 
 #if defined(__AVX512F__)
 enum { BYTES = 64 };                                  // the widest vector this CPU has; other widths only change W
@@ -139,6 +152,10 @@ template <int W> struct Shuffle;                      // interleaved (re, im, re
 #define SHUFFLE(N, E, O, L, H) template <> struct Shuffle<N> { \
   template <class V> static V even(V a, V b) { return __builtin_shufflevector(a, b, E); } template <class V> static V odd(V a, V b) { return __builtin_shufflevector(a, b, O); } \
   template <class V> static V low(V a, V b) { return __builtin_shufflevector(a, b, L); } template <class V> static V high(V a, V b) { return __builtin_shufflevector(a, b, H); } };
+'''
+
+# %% ../nbs/01_bk_core.ipynb #c0040
+CPP_LANES += r'''
 #define LIST(...) __VA_ARGS__
 SHUFFLE(2, LIST(0,2), LIST(1,3), LIST(0,2), LIST(1,3))
 SHUFFLE(4, LIST(0,2,4,6), LIST(1,3,5,7), LIST(0,4,1,5), LIST(2,6,3,7))
@@ -146,10 +163,6 @@ SHUFFLE(8, LIST(0,2,4,6,8,10,12,14), LIST(1,3,5,7,9,11,13,15), LIST(0,8,1,9,2,10
 SHUFFLE(16, LIST(0,2,4,6,8,10,12,14,16,18,20,22,24,26,28,30), LIST(1,3,5,7,9,11,13,15,17,19,21,23,25,27,29,31),
         LIST(0,16,1,17,2,18,3,19,4,20,5,21,6,22,7,23), LIST(8,24,9,25,10,26,11,27,12,28,13,29,14,30,15,31))
 
-'''
-
-# %% ../nbs/01_bk_core.ipynb #c0040
-CPP_LANES += r'''
 template <class A> struct Cx {                        // W complex numbers, real and imaginary parts apart, computed in type A
   typedef typename Simd<A>::V V; V re, im;
   Cx operator+(Cx o) const { return {re + o.re, im + o.im}; }
@@ -442,7 +455,7 @@ struct Sums {                                          // double sums per lane: 
 # %% ../nbs/01_bk_core.ipynb #c0055
 CPP_SCAN_BACKWARD = r'''
 // P_i = conj(g_i) (gy_i - t P_{i+1}),  L_i = -conj(y_i) P_i + conj(g_i)^2 (t^2 L_{i+1} - gg_i);  du = Re P, dv = Re L, dw = -Im L.
-template <class T> struct ScanBack { typedef T A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W };
+template <class T, class Arith> struct ScanBack { typedef Arith A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W };
   enum { X = 2 };
   Stream<T> g, y, gy, gg, hop, dv, dw, du, dhop; I off; Sums sums; T *in, *out; I lanes;
   void mute() { dv.p = dw.p = du.p = dhop.p = nullptr; sums.e = nullptr; }
@@ -574,12 +587,13 @@ template <class T> struct Args {
   const I* a; int at = 7;
   Job<T> job() const { Job<T> j = {a[0], a[1], a[2], 1, a[1], (int)a[3], (const T*)a[5], (const T*)a[6]}; plan(j); return j; }
   Stream<T> s(int parts, T fill = 0) { const I* q = a + at; at += 4; return {(T*)q[0], q[1], q[2], q[3], parts, fill}; }
+  Stream<T> o(int parts) { Stream<T> r = s(parts); if (r.p) fresh(r.p, sizeof(T) * ((a[0] - 1) * r.sb + (r.rows - 1) * r.sn + a[2] * parts), (int)a[3]); return r; }   // a result
   T* ptr() { T* p = (T*)a[at]; at += 4; return p; }
 };
 template <class T> int scan(const I* a) {             // v w u hop g y g0 y0
   Args<T> r = {a}; Job<T> j = r.job(); int bad = 0; Stream<T> none = {};
   none.parts = 2;
-  Stream<T> v = r.s(1), w = r.s(1), u = r.s(1), hop = r.s(1, 1), g = r.s(2), y = r.s(2); T *g0 = r.ptr(), *y0 = r.ptr();
+  Stream<T> v = r.s(1), w = r.s(1), u = r.s(1), hop = r.s(1, 1), g = r.o(2), y = r.o(2); T *g0 = r.ptr(), *y0 = r.ptr();
   Scan<T, false> s = {v, w, u, hop, none, g, y, none, g0, y0, nullptr, nullptr, &bad, a[4]};
   scan_chunks<T, false>(j, s); return bad;
 }
@@ -589,23 +603,26 @@ template <class T> void fold(const Job<T>& j, Sums lanes, Sums out) {   // lanes
 }
 template <class T> int scan_backward(const I* a) {    // g y gy gg hop dv dw du dhop dE deta state_out
   Args<T> r = {a}; Job<T> j = r.job();
-  Stream<T> g = r.s(2), y = r.s(2), gy = r.s(2), gg = r.s(2), hop = r.s(1, 1), dv = r.s(1), dw = r.s(1), du = r.s(1), dhop = r.s(1);
+  Stream<T> g = r.s(2), y = r.s(2), gy = r.s(2), gg = r.s(2), hop = r.s(1, 1), dv = r.o(1), dw = r.o(1), du = r.o(1), dhop = r.s(1);
   Sums out = sums_of(r); std::vector<double> e(j.B * j.K * j.C), n(e); Sums sums = {e.data(), n.data()};
-  ScanBack<T> s = {g, y, gy, gg, hop, dv, dw, du, dhop, a[4], sums, nullptr, r.ptr(), j.B * j.C};
-  affine_chunks<T, true>(j, s); fold(j, sums, out); return 0;
-}
-template <class T> int diag(const I* a) {             // v w hop gl gr G
-  Args<T> r = {a}; Job<T> j = r.job(); int bad = 0; Stream<T> none = {}; none.parts = 2; Stream<T> none1 = {}; none1.parts = 1;
-  Stream<T> v = r.s(1), w = r.s(1), hop = r.s(1, 1), gl = r.s(2), gr = r.s(2), G = r.s(2);
-  Scan<T, false> l = {v, w, none1, hop, none, gl, none, none, nullptr, nullptr, nullptr, nullptr, &bad, 0};
-  scan_chunks<T, false>(j, l);
-  Scan<T, true> s = {v, w, none1, hop, gl, gr, none, G, nullptr, nullptr, nullptr, nullptr, &bad, 0};
-  scan_chunks<T, true>(j, s); return bad;
+  T* ends = r.ptr();
+  if (j.B * ((j.C + Simd<T>::W - 1) / Simd<T>::W) < j.threads) {   // too few chains for all threads: half vectors
+    ScanBack<T, double> s = {g, y, gy, gg, hop, dv, dw, du, dhop, a[4], sums, nullptr, ends, j.B * j.C}; affine_chunks<T, true>(j, s);
+  } else { ScanBack<T, T> s = {g, y, gy, gg, hop, dv, dw, du, dhop, a[4], sums, nullptr, ends, j.B * j.C}; affine_chunks<T, true>(j, s); }
+  fold(j, sums, out); return 0;
 }
 '''
 
 # %% ../nbs/01_bk_core.ipynb #c0063
 CPP_ENTRY += r'''
+template <class T> int diag(const I* a) {             // v w hop gl gr G
+  Args<T> r = {a}; Job<T> j = r.job(); int bad = 0; Stream<T> none = {}; none.parts = 2; Stream<T> none1 = {}; none1.parts = 1;
+  Stream<T> v = r.s(1), w = r.s(1), hop = r.s(1, 1), gl = r.o(2), gr = r.o(2), G = r.o(2);
+  Scan<T, false> l = {v, w, none1, hop, none, gl, none, none, nullptr, nullptr, nullptr, nullptr, &bad, 0};
+  scan_chunks<T, false>(j, l);
+  Scan<T, true> s = {v, w, none1, hop, gl, gr, none, G, nullptr, nullptr, nullptr, nullptr, &bad, 0};
+  scan_chunks<T, true>(j, s); return bad;
+}
 template <class T> int diag_backward(const I* a) {    // gl gr G gG hop lam dv dw dhop dE deta
   Args<T> r = {a}; Job<T> j = r.job();
   Stream<T> gl = r.s(2), gr = r.s(2), G = r.s(2), gG = r.s(2), hop = r.s(1, 1), lam = r.s(2), dv = r.s(1), dw = r.s(1), dhop = r.s(1);
@@ -616,7 +633,7 @@ template <class T> int diag_backward(const I* a) {    // gl gr G gG hop lam dv d
 }
 template <class T> int solve(const I* a) {            // v w u hop g y Y
   Args<T> r = {a}; Job<T> j = r.job(); int bad = 0; Stream<T> none = {}; none.parts = 2; Stream<T> n1 = {}; n1.parts = 1;
-  Stream<T> v = r.s(1), w = r.s(1), u = r.s(1), hop = r.s(1, 1), g = r.s(2), y = r.s(2), Y = r.s(2);
+  Stream<T> v = r.s(1), w = r.s(1), u = r.s(1), hop = r.s(1, 1), g = r.o(2), y = r.o(2), Y = r.o(2);
   Scan<T, false> s = {v, w, u, hop, none, g, y, none, nullptr, nullptr, nullptr, nullptr, &bad, 0}; scan_chunks<T, false>(j, s);
   BackSub<T, false> b = {g, y, hop, Y, none, n1, n1, n1, n1, {nullptr, nullptr}, nullptr, nullptr, 0}; affine_chunks<T, true>(j, b); return bad;
 }
