@@ -311,9 +311,8 @@ CPP_LAYER += r'''
     Z g[H], y[H]; for (int x = 0; x < H; x++) { g[x] = t.g[x]; y[x] = t.y[x]; }
     for (I i = 0; i < n; i++) for (int x = 0; x < H; x++) {
       const int o = x * HALF; double bond = k.bond[i]; typename Simd<double>::V one = typename Simd<double>::V{} + bond;
-      Z kg = g[x] * one, a = {-2 - t.e[x] + ld<double>(k.v[i] + o) - kg.re, -(t.et[x] + ld<double>(k.w[i] + o)) - kg.im};
-      g[x] = a.recip();
-      Z r = -(y[x] * one); r.re += ld<double>(k.u[i] + o); y[x] = g[x] * r;
+      Z a = {-2 - t.e[x] + ld<double>(k.v[i] + o), -(t.et[x] + ld<double>(k.w[i] + o))};
+      g[x] = pivot_step(a, g[x] * one); y[x] = mix_step(g[x], y[x], one, ld<double>(k.u[i] + o));
       st<double>(k.gr[i] + o, g[x].re); st<double>(k.gi[i] + o, g[x].im); st<double>(k.yr[i] + o, y[x].re); st<double>(k.yi[i] + o, y[x].im);
     }
     for (int x = 0; x < H; x++) { t.g[x] = g[x]; t.y[x] = y[x]; }
@@ -387,7 +386,7 @@ CPP_LAYER += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0039
 CPP_LAYER_BACKWARD = r'''
-  struct Adj { V Pr, Pi, Lr, Li, D[3][CW]; };          // carried from right to left: P, L and what the convolution still owes the rows before
+  struct Adj { Complex<V> P, L; V D[3][CW]; };          // carried from right to left: P, L and what the convolution still owes the rows before
   void add(double* sum, I at, I c, V x, int n) const { double* q = sum + at * s.C + c; for (int i = 0; i < n; i++) q[i] += x[i]; }
   // The convolution transposed: a row's gradient is complete once the rows after it have added their share
   void conv_back(const Tile& t, Adj& a, const Block& k, I b, I t0, I n, int p, double* sum) const {
@@ -429,20 +428,17 @@ CPP_LAYER_BACKWARD += r'''
       ME::st(dh + at * s.F + s.P() + t.c, dz, t.n);
       V y0 = (d0 * w0 * silu - h0 * mean) * r, y1 = s.feat == 2 ? (d1 * w1 * silu - h1 * mean) * r : V{};
       const T bond = k.bond[i + 1];
-      V qr = y0 - a.Pr * bond, qi = y1 - a.Pi * bond;  // P = conj(g) (dy - t P), L = conj(g)^2 t^2 L - conj(y) P
-      V lr = a.Lr * bond, li = a.Li * bond;
-      a.Pr = gr * qr + gi * qi; a.Pi = gr * qi - gi * qr;
-      V cr = gr * gr - gi * gi, ci = -2 * gr * gi;
-      a.Lr = cr * lr - ci * li - (yr * a.Pr + yi * a.Pi); a.Li = cr * li + ci * lr - (yr * a.Pi - yi * a.Pr);
-      sE -= a.Lr; sN -= a.Li;
-      V ds = a.Pr, dw = -a.Li, pu = from<T>(k.pre[0][i]), su = {}, u = pu;
+      typedef Complex<V> ZT; const ZT gc = {gr, -gi}, yc = {yr, -yi};
+      a.P = mix_adjoint(gc, ZT{y0, y1}, a.P, V{} + bond); a.L = pivot_adjoint(gc, a.L * (V{} + bond)) - yc * a.P;   // the bond is 0 or 1, so t^2 = t
+      sE -= a.L.re; sN -= a.L.im;
+      V ds = a.P.re, dw = -a.L.im, pu = from<T>(k.pre[0][i]), su = {}, u = pu;
       if (s.act) { su = sigmoid(pu); u = pu * su; }
       V x = ds * t.scale;
       sS += ds * u;
       if (s.act) x = x * (su + u * (1 - su));
       to<T>(k.pre[0][i], x);
       if (iw > 0) { V dp = dw * sigmoid(from<T>(k.pre[iw][i]) + t.bias); sB += dp; to<T>(k.pre[iw][i], dp); }
-      if (iv > 0) { V th = from<T>(k.v[i]) / T(s.vmax); to<T>(k.pre[iv][i], a.Lr * T(s.vmax) * (1 - th * th)); }
+      if (iv > 0) { V th = from<T>(k.v[i]) / T(s.vmax); to<T>(k.pre[iv][i], a.L.re * T(s.vmax) * (1 - th * th)); }
     }
     for (int p = 0; p < s.nin; p++) conv_back(t, a, k, b, t0, n, p, sum);
     I at = CW * s.nin; add(sum, at, t.c, sB, t.n); add(sum, at + 1, t.c, sS, t.n); add(sum, at + 2, t.c, sE, t.n); add(sum, at + 3, t.c, sN, t.n);
