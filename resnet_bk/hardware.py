@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 'CUDA_SOLVE', 'CUDA_ENTRY', 'CUDA_CORE', 'DEVICE',
-           'HOST', 'PIVOTS', 'EMULATED', 'CUDA', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
-           'Kernels']
+           'HOST', 'PIVOTS', 'EMULATED', 'CUDA', 'CUDA_MATH', 'CUDA_LAYER', 'CUDA_LAYER_BACK', 'CUDA_LAYER_ENTRY',
+           'LAYER_SOURCE', 'LAYER_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary', 'Kernels',
+           'layer_forward', 'layer_backward']
 
 # %% ../nbs/10_hardware.ipynb #c0003
 import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
@@ -489,3 +490,242 @@ def solve_backward(self:Kernels, g, Y, gY, hop, shape, need):
 EMULATED = BACKENDS['emulated'] = Kernels(HOST)
 CUDA = Kernels(DEVICE)
 if torch.cuda.is_available() and find_nvcc(): BACKENDS['cuda'] = CUDA
+
+# %% ../nbs/10_hardware.ipynb #c0055
+CUDA_MATH = r'''
+struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
+BK_HD float bk_float(uint32_t b) { union { uint32_t i; float f; } x; x.i = b; return x.f; }
+BK_HD uint32_t bk_bits(float f) { union { uint32_t i; float f; } x; x.f = f; return x.i; }
+template <class T> BK_HD T ld(const T* p) { return *p; }
+template <class T> BK_HD float ld(const bf16* p) { return bk_float((uint32_t)p->bits << 16); }
+template <class T> BK_HD T to(T x, T) { return x; }
+BK_HD bf16 to(float x, bf16) { uint32_t b = bk_bits(x); bf16 r; r.bits = x != x ? 0x7fc0 : (uint16_t)((b + 0x7fff + ((b >> 16) & 1)) >> 16); return r; }   // to nearest, ties to even
+template <class M, class T> BK_HD void st(M* p, T x) { *p = to(x, M()); }
+template <class M, class T> BK_HD void st2(M* p, T x, T y) { *(Pair<M>*)p = Pair<M>{to(x, M()), to(y, M())}; }
+BK_HD float bk_exp(float x) { return expf(x); }       BK_HD double bk_exp(double x) { return exp(x); }
+BK_HD float bk_log1p(float x) { return log1pf(x); }   BK_HD double bk_log1p(double x) { return log1p(x); }
+BK_HD float bk_sqrt(float x) { return sqrtf(x); }     BK_HD double bk_sqrt(double x) { return sqrt(x); }
+template <class T> BK_HD T sigmoid(T x) { return 1 / (1 + bk_exp(-x)); }
+template <class T> BK_HD T silu(T x) { return x * sigmoid(x); }
+template <class T> BK_HD T softplus(T x) { return (x > 0 ? x : 0) + bk_log1p(bk_exp(x > 0 ? -x : x)); }
+BK_HD I least(I a, I b) { return a < b ? a : b; }
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0057
+CUDA_LAYER = r'''
+enum { ROWS = 32 };                                    // a state is kept every 32 rows
+template <class T, class M, int CW> struct LayerData {
+  I B, N, C, F; int nin, feat, act, iw, iv; T vmax, eps; const M* h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *bias, *E, *eta, *scale, *wt;
+  M* out; T* rinv; double* ck; const double* g0; double* g1; const M* dout; M* dh; double* sums; T *mean, *owed;
+  BK_HD I P() const { return nin * C; } BK_HD I D() const { return feat * C; } BK_HD I blocks() const { return (N + ROWS - 1) / ROWS; }
+  BK_HD T raw(I b, I i, int p, I c) const {
+    if (i >= 0) return ld<T>(h + b * hb + i * hn + p * C + c);
+    return past ? ld<T>(past + (b * (CW - 1) + i + CW - 1) * P() + p * C + c) : T(0);
+  }
+  BK_HD bool cut_at(I b, I i) const { return cut && i >= 0 && i < N && cut[b * N + i]; }
+  struct Window { T f[3][CW], x[3][CW], bias, scale; int age; };
+  BK_HD void open(Window& l, I b, I c, I n0) const {
+    BK_UNROLL for (int p = 0; p < 3; p++) if (p < nin) { BK_UNROLL for (int j = 0; j < CW; j++) { l.f[p][j] = taps[j * P() + p * C + c]; l.x[p][j] = j < CW - 1 ? raw(b, n0 - 1 - j, p, c) : T(0); } }
+    l.bias = bias ? bias[c] : T(0); l.scale = scale[c]; l.age = CW;
+    for (I i = n0 - CW + 1; i < n0; i++) l.age = cut_at(b, i) ? 0 : l.age + 1;
+  }
+  BK_HD void shift(Window& l, const T* x, bool cut_here, T* pre) const {   // one row on: the convolved columns
+    l.age = cut_here ? 0 : l.age + 1;
+    BK_UNROLL for (int p = 0; p < 3; p++) if (p < nin) {
+      BK_UNROLL for (int j = CW - 1; j > 0; j--) l.x[p][j] = l.x[p][j - 1];
+      l.x[p][0] = x[p]; T a = x[p] * l.f[p][0];
+      BK_UNROLL for (int j = 1; j < CW; j++) if (j <= l.age) a += l.x[p][j] * l.f[p][j];
+      pre[p] = a;
+    }
+  }
+  BK_HD void values(const Window& l, const T* pre, T& u, T& w, T& v) const {
+    u = (act ? silu(pre[0]) : pre[0]) * l.scale; w = v = 0;
+    if (iw > 0) w = softplus(pre[1] + l.bias);
+    if (iv > 0) v = vmax * (2 * sigmoid(2 * pre[iw > 0 ? 2 : 1]) - 1);
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0059
+CUDA_LAYER += r'''
+template <class T, class M, int CW> struct LayerOp { enum { REV = 0, X = 2 }; typedef Moebius Map; typedef LayerData<T, M, CW> Data; Data d;
+  struct Row { T x[3]; bool cut; };
+  struct Local { typename Data::Window w; double base, eta; };
+  struct State { Z g, y; BK_HD void set(const Z* z) { g = z[0]; y = z[1]; } };
+  BK_HD void open(Local& l, I b, I c, I n0) const { d.open(l.w, b, c, n0); l.base = -2 - double(d.E[c]); l.eta = d.eta[c]; }
+  BK_HD void start(Z* z, I b, I c) const { const double* q = d.g0 + (b * d.C + c) * 4; if (d.g0) { z[0] = {q[0], q[1]}; z[1] = {q[2], q[3]}; } else z[0] = z[1] = {0, 0}; }
+  BK_HD void read(Row& r, I b, I i, I c) const { BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) r.x[p] = d.raw(b, i, p, c); r.cut = d.cut_at(b, i); }
+  BK_HD void step(State& s, Local& l, const Row& r, I b, I i, I c) const {
+    if (d.ck && i % ROWS == 0) keep(d.ck + ((b * d.blocks() + i / ROWS) * d.C + c) * 4, s);
+    T pre[3], u, w, v; d.shift(l.w, r.x, r.cut, pre); d.values(l.w, pre, u, w, v);
+    const double t = r.cut ? 0 : 1;
+    s.g = pivot_step(Z{l.base + v, -(l.eta + w)}, s.g * t); s.y = mix_step(s.g, s.y, t, double(u));
+    M* o = d.out + (b * d.N + i) * d.D() + d.feat * c;
+    if (d.feat == 2) st2(o, T(s.y.re), T(s.y.im)); else st(o, T(s.y.re));
+  }
+  BK_HD void fold(Map& m, Local& l, const Row& r) const {
+    T pre[3], u, w, v; d.shift(l.w, r.x, r.cut, pre); d.values(l.w, pre, u, w, v);
+    const double t = r.cut ? 0 : 1; const Z a = {l.base + v, -(l.eta + w)};
+    for (int x = 0; x < 2; x++) { Z p = a * m.p[x] - m.q[x] * t; m.s[x] = m.p[x] * double(u) - m.s[x] * t; m.q[x] = m.p[x]; m.p[x] = p; }
+    m.r = -(m.r * t);
+  }
+  static BK_HD void keep(double* q, const State& s) { q[0] = s.g.re; q[1] = s.g.im; q[2] = s.y.re; q[3] = s.y.im; }
+  BK_HD void close(State& s, Local&, I, I b, I c, bool last) const { if (last && d.g1) keep(d.g1 + (b * d.C + c) * 4, s); }
+};
+template <class T, class M, int CW> struct NormGate { enum { PHASES = 3, TREE = 8 }; LayerData<T, M, CW> d;   // a block per token
+  size_t room() const { return (128 + TREE) * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
+    T *part = (T*)mem, *few = part + threads; const I b = at / d.N, i = at % d.N; M* o = d.out + at * d.D(); const M* gate = d.h + b * d.hb + i * d.hn + d.P();
+    if (phase == 0) { T s = 0; for (I e = t; e < d.D(); e += threads) { T y = ld<T>(o + e); s += y * y; } part[t] = s; }
+    if (phase == 1 && t < TREE) { T s = 0; for (int q = t; q < threads; q += TREE) s += part[q]; few[t] = s; }
+    if (phase == 2) {
+      T s = 0; for (int q = 0; q < TREE; q++) s += few[q];
+      const T r = 1 / bk_sqrt(s / d.D() + d.eps); if (t == 0 && d.rinv) d.rinv[at] = r;
+      for (I e = t; e < d.D(); e += threads) st(o + e, ld<T>(o + e) * d.wt[e] * silu(ld<T>(gate + e / d.feat)) * r);
+    }
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0061
+CUDA_LAYER_BACK = r'''
+template <class T, class M, int CW> struct Dots { enum { PHASES = 3, TREE = 8 }; LayerData<T, M, CW> d;
+  size_t room() const { return (128 + TREE) * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
+    T *part = (T*)mem, *few = part + threads; const M *p = d.dout + at * d.D(), *q = d.out + at * d.D();
+    if (phase == 0) { T s = 0; for (I e = t; e < d.D(); e += threads) s += ld<T>(p + e) * ld<T>(q + e); part[t] = s; }
+    if (phase == 1 && t < TREE) { T s = 0; for (int q = t; q < threads; q += TREE) s += part[q]; few[t] = s; }
+    if (phase == 2 && t == 0) { T s = 0; for (int q = 0; q < TREE; q++) s += few[q]; d.mean[at] = s / d.D(); }
+  }
+};
+template <class T, class M, int CW, bool FOLD> struct LayerBack { typedef Complex<T> ZT; typedef LayerData<T, M, CW> Data; typedef Affine2 Map; enum { REV = 1, X = 2, SUMS = 3 * CW + 6 };
+  Data d; Job j; const double* in; double* maps;
+  struct Block { T pre[3][ROWS], v[ROWS]; ZT g[ROWS], y[ROWS]; int age[ROWS]; bool cut[ROWS]; };
+  BK_HD void again(typename Data::Window& l, Block& k, I b, I c, I t0, I t1) const {   // the forward sweep of one block of rows
+    const double* q = d.ck + ((b * d.blocks() + t0 / ROWS) * d.C + c) * 4; Z g = {q[0], q[1]}, y = {q[2], q[3]}; d.open(l, b, c, t0);
+    const double base = -2 - double(d.E[c]), eta = d.eta[c];
+    for (I i = t0; i < t1; i++) {
+      T x[3], pre[3], u, w, v; BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) x[p] = d.raw(b, i, p, c);
+      const I n = i - t0; k.cut[n] = d.cut_at(b, i); d.shift(l, x, k.cut[n], pre); d.values(l, pre, u, w, v);
+      const double t = k.cut[n] ? 0 : 1; g = pivot_step(Z{base + v, -(eta + w)}, g * t); y = mix_step(g, y, t, double(u));
+      BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) k.pre[p][n] = pre[p];
+      k.v[n] = v; k.g[n] = as<T>(g); k.y[n] = as<T>(y); k.age[n] = l.age;
+    }
+  }
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0063
+CUDA_LAYER_BACK += r'''
+  struct Grads { ZT dy; T gate, dw0, dw1; };
+  BK_HD Grads through_norm(const Block& k, I b, I i, I n, I c) const {
+    const I at = b * d.N + i; const T r = d.rinv[at], m = d.mean[at]; const M* q = d.dout + at * d.D() + d.feat * c;
+    const T d0 = ld<T>(q), d1 = d.feat == 2 ? ld<T>(q + 1) : T(0), w0 = d.wt[d.feat * c], w1 = d.feat == 2 ? d.wt[2 * c + 1] : T(0);
+    const T z = ld<T>(d.h + b * d.hb + i * d.hn + d.P() + c), sg = sigmoid(z), si = z * sg, h0 = k.y[n].re * r, h1 = k.y[n].im * r, e0 = d0 * h0, e1 = d1 * h1;
+    return {{(d0 * w0 * si - h0 * m) * r, d.feat == 2 ? (d1 * w1 * si - h1 * m) * r : T(0)}, (e0 * w0 + e1 * w1) * (sg + si * (1 - sg)), e0 * si, e1 * si};
+  }
+  struct State { ZT P, L; T owed[3][CW]; };
+  BK_HD void row(State& s, const typename Data::Window& l, Block& k, T* sum, I b, I i, I n, I c) const {
+    const Grads g = through_norm(k, b, i, n, c); const T t = d.cut_at(b, i + 1) ? 0 : 1; const ZT gc = k.g[n].conj(), yc = k.y[n].conj();
+    s.P = mix_adjoint(gc, g.dy, s.P, t); s.L = pivot_adjoint(gc, s.L * t) - yc * s.P;   // the bond is 0 or 1, so t^2 = t
+    T* S = sum + 3 * CW; S[4] += g.dw0; S[5] += g.dw1; S[2] -= s.L.re; S[3] -= s.L.im;
+    M* o = d.dh + (b * d.N + i) * d.F + c; st(o + d.P(), g.gate);
+    T own[3], pu = k.pre[0][n], su = d.act ? sigmoid(pu) : T(1), u = pu * su;
+    S[1] += s.P.re * u; own[0] = s.P.re * l.scale; if (d.act) own[0] *= su + u * (1 - su);
+    if (d.iw > 0) { own[1] = -s.L.im * sigmoid(k.pre[1][n] + l.bias); S[0] += own[1]; }
+    if (d.iv > 0) { const T th = k.v[n] / d.vmax, x = s.L.re * d.vmax * (1 - th * th); if (d.iw > 0) own[2] = x; else own[1] = x; }
+    BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) {   // the convolution transposed: a row is complete once the rows after it have added their share
+      BK_UNROLL for (int q = 0; q < CW; q++) if (q <= k.age[n]) { s.owed[p][q] += own[p] * l.f[p][q]; sum[p * CW + q] += own[p] * d.raw(b, i - q, p, c); }
+      st(o + p * d.C, s.owed[p][0]);
+      BK_UNROLL for (int q = 0; q < CW - 1; q++) s.owed[p][q] = s.owed[p][q + 1];
+      s.owed[p][CW - 1] = 0;
+    }
+  }
+  BK_HD void fold(Map& m, const Block& k, I b, I i, I n, I c) const {
+    const Z gc = as<double>(k.g[n].conj()), yc = as<double>(k.y[n].conj()), dy = as<double>(through_norm(k, b, i, n, c).dy); const double t = d.cut_at(b, i + 1) ? 0 : 1; Map f;
+    f.a = -(gc * t); f.b = gc * dy; f.c = gc * gc * t; f.d = -(yc * f.a); f.e = -(yc * f.b); f.after(m); m = f;
+  }
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0065
+CUDA_LAYER_BACK += r'''
+  BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
+  BK_HD void operator()(I lane) const {
+    const I c = lane % j.C, k = lane / j.C % j.K, b = lane / j.C / j.K, n0 = k * j.len, n1 = least(j.N, n0 + j.len), L = j.lanes();
+    typename Data::Window l; Block blk; State s = {}; Map m; double acc[SUMS]; T sum[SUMS];
+    if (FOLD) m.unit(); else { for (int q = 0; q < SUMS; q++) acc[q] = 0; if (in) { s.P = {T(in[lane]), T(in[L + lane])}; s.L = {T(in[2 * L + lane]), T(in[3 * L + lane])}; } }
+    for (I t0 = (n1 - 1) / ROWS * ROWS; t0 >= n0; t0 -= ROWS) {
+      const I t1 = least(n1, t0 + ROWS); again(l, blk, b, c, t0, t1);
+      if (FOLD) { for (I i = t1 - 1; i >= t0; i--) fold(m, blk, b, i, i - t0, c); continue; }
+      for (int q = 0; q < SUMS; q++) sum[q] = 0;
+      for (I i = t1 - 1; i >= t0; i--) row(s, l, blk, sum, b, i, i - t0, c);
+      for (int q = 0; q < SUMS; q++) acc[q] += sum[q];
+    }
+    if (FOLD) { for (int x = 0; x < Map::SIZE; x++) maps[x * L + lane] = ((const double*)&m)[x]; return; }
+    const I rows = CW * d.nin + 4 + d.feat; double* o = d.sums + (b * j.K + k) * rows * d.C + c;   // as 02 wants them: taps (j, p), bias, scale, E, eta, weight
+    for (int q = 0; q < CW; q++) for (int p = 0; p < d.nin; p++) o[(q * d.nin + p) * d.C] = acc[p * CW + q];
+    for (int q = 0; q < 4 + d.feat; q++) o[(CW * d.nin + q) * d.C] = acc[3 * CW + q];
+    if (d.owed) for (int p = 0; p < d.nin; p++) for (int q = 0; q < CW; q++) d.owed[((b * j.K + k) * CW + q) * d.P() + p * d.C + c] = s.owed[p][q];
+  }
+};
+template <class T, class M, int CW> struct Pay { LayerData<T, M, CW> d; Job j;   // lane = (b, k, column)
+  BK_HD void operator()(I lane) const {
+    const I p = lane % d.P(), k = lane / d.P() % j.K, b = lane / d.P() / j.K, n0 = k * j.len; if (!k) return;
+    for (int q = 0; q < CW - 1 && q < n0; q++) { M* o = d.dh + (b * d.N + n0 - 1 - q) * d.F + p; st(o, ld<T>(o) + d.owed[((b * j.K + k) * CW + q) * d.P() + p]); }
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0067
+CUDA_LAYER_ENTRY = r'''
+// a: K len stream work mean owed, then as in 02: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, h and its strides, the tensors
+template <class T, class M, int CW> int layer(const I* a, bool back) {
+  const I *s = a + 6, *q = s + 14; LayerData<T, M, CW> d; d.B = s[0]; d.N = s[1]; d.C = s[2]; d.F = s[3]; d.nin = (int)s[4]; d.feat = (int)s[5]; d.act = (int)s[6]; d.vmax = (T) * (double*)s[12]; d.eps = (T) * (double*)s[13];
+  d.iw = s[8] ? 1 : -1; d.iv = s[9] ? 1 + (int)s[8] : -1; d.mean = (T*)a[4]; d.owed = (T*)a[5];
+  d.h = (const M*)q[0]; d.hb = q[1]; d.hn = q[2]; d.past = (const M*)q[3]; d.cut = (const uint8_t*)q[4]; d.taps = (const T*)q[5]; d.bias = (const T*)q[6];
+  d.E = (const T*)q[7]; d.eta = (const T*)q[8]; d.scale = (const T*)q[9]; d.wt = (const T*)q[10]; d.out = (M*)q[11]; d.rinv = (T*)q[12]; d.ck = (double*)q[13];
+  d.g0 = (const double*)q[14]; d.g1 = (double*)q[15]; d.dout = (const M*)q[16]; d.dh = (M*)q[17]; d.sums = (double*)q[18];
+  Job j = {d.B, d.N, d.C, a[0], a[1]}; void* stream = (void*)a[2]; double* work = (double*)a[3]; const I L = j.lanes();
+  if (!d.B || !d.N || !d.C) return 0;
+  if (!back) { int e = drive(LayerOp<T, M, CW>{d}, j, work, stream); return e ? e : launch_blocks(NormGate<T, M, CW>{d}, d.B * d.N, 128, stream); }
+  typedef LayerBack<T, M, CW, false> Emit; typedef LayerBack<T, M, CW, true> Fold;
+  int e = launch_blocks(Dots<T, M, CW>{d}, d.B * d.N, 128, stream); double* in = nullptr;
+  if (!e && j.K > 1) {
+    in = work + Affine2::SIZE * L; e = launch(Fold{d, j, nullptr, work}, L, 64, stream);
+    if (!e) e = launch_blocks(Link<Fold>{Fold{d, j, nullptr, nullptr}, j, work, in}, j.B * j.C, LINKS, stream);
+  }
+  if (!e) e = launch(Emit{d, j, in, nullptr}, L, 64, stream);
+  return e || j.K == 1 ? e : launch(Pay<T, M, CW>{d, j}, j.B * j.K * d.P(), 128, stream);
+}
+template <class T, class M> int layer_width(const I* a, bool b) { return a[16] == 4 ? layer<T, M, 4>(a, b) : layer<T, M, 1>(a, b); }
+static int layer_any(const I* a, bool b) { return a[17] == 0 ? layer_width<float, float>(a, b) : a[17] == 1 ? layer_width<double, double>(a, b) : layer_width<float, bf16>(a, b); }
+extern "C" int bk_layer(const I* a) { return layer_any(a, false); }
+extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
+'''
+LAYER_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
+LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
+
+# %% ../nbs/10_hardware.ipynb #c0068
+def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
+    B,N,Fh = h.shape; W, P = taps.shape; dev, k = h.device, LAYER_KERNELS[h.device.type]; K,n = k.plan(B, N, C, dev, 32)
+    f = taps.dtype; empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
+    work, mean, owed = empty(17*B*K*C if K > 1 else 0, dt=torch.float64), empty(B*N if back else 0), empty(B*K*W*P if back and K > 1 else 0)
+    sums = empty(B*K, W*(P//C) + 4 + features, C, dt=torch.float64) if back else None
+    nums = (ctypes.c_double*2)(v_max, eps); at = ctypes.addressof(nums); p = lambda t: 0 if t is None else t.data_ptr()
+    args = [K, n, k.stream(dev), p(work), p(mean), p(owed) if K > 1 else 0, B, N, C, Fh, P//C, features, act, 0, bias is not None, has_v, W, mixers._TYPES[h.dtype], at, at + 8,
+            p(h), h.stride(0), h.stride(1), *(p(t) for t in tensors), p(sums)]
+    k.run(name, args, dev)
+    return sums
+
+def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v, keep=True):
+    "`02`'s fused layer by the CUDA kernels, on the GPU or, for CPU tensors, emulated: output, 1/r, kept states, state at the end."
+    B,N,_ = h.shape; C, f = len(scale), scale.dtype
+    out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
+    r, kept = (h.new_empty(B, N, dtype=f), h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64)) if keep else (None, None)
+    _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None)
+    return out, r, kept, end
+
+def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
+    "Its adjoint: the gradient of h, and the parameters' as rows (taps, bias, scale, E, eta, weight)."
+    dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale); g = g.contiguous()
+    s = _layer_run('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, C, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
+    return dh, (s.sum(0) if h.numel() else torch.zeros_like(s).sum(0)).to(scale.dtype)
