@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 'CUDA_SOLVE', 'CUDA_ENTRY', 'CUDA_CORE', 'DEVICE',
            'HOST', 'PIVOTS', 'EMULATED', 'CUDA', 'CUDA_MATH', 'CUDA_LAYER', 'CUDA_LAYER_BACK', 'CUDA_LAYER_ENTRY',
-           'LAYER_SOURCE', 'LAYER_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary', 'Kernels',
-           'layer_forward', 'layer_backward']
+           'LAYER_SOURCE', 'LAYER_KERNELS', 'CUDA_ATTENTION', 'CUDA_ATTENTION_BACK', 'CUDA_ATTENTION_ENTRY',
+           'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
+           'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward']
 
 # %% ../nbs/10_hardware.ipynb #c0003
 import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
@@ -729,3 +730,213 @@ def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v
     dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale); g = g.contiguous()
     s = _layer_run('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, C, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
     return dh, (s.sum(0) if h.numel() else torch.zeros_like(s).sum(0)).to(scale.dtype)
+
+# %% ../nbs/10_hardware.ipynb #c0070
+CUDA_ATTENTION = r'''
+enum { TILE = 64 };                                    // tokens per chunk
+template <class T, class M, int CW> struct AttnData { I B, N, H, d, F; T eps; const M* h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *la, *wt;
+  T *A, *Ab, *into, *end, *decay; int* seg;            // (B, H, chunks, TILE): A_i, A_j - a_j, ...; decay is per chunk
+  BK_HD I D() const { return H * d; } BK_HD I chunks() const { return (N + TILE - 1) / TILE; }
+  BK_HD void where(I block, I& b, I& hd, I& k, I& t0, I& n) const { k = block % chunks(); hd = block / chunks() % H; b = block / chunks() / H; t0 = k * TILE; n = least(TILE, N - t0); }
+  BK_HD T raw(I b, I i, I col) const {
+    if (i >= 0) return ld<T>(h + b * hb + i * hn + col);
+    return past ? ld<T>(past + (b * (CW - 1) + i + CW - 1) * 3 * D() + col) : T(0);
+  }
+  BK_HD bool ok(I b, I i, int j) const { if (cut) for (int s = 0; s < j; s++) if (i - s >= 0 && cut[b * N + i - s]) return false; return true; }   // no cut between i - j and i
+  BK_HD T conv(I b, I i, I col) const { T a = 0; BK_UNROLL for (int j = 0; j < CW; j++) if (ok(b, i, j)) a += raw(b, i - j, col) * taps[j * 3 * D() + col]; return a; }
+};
+template <class T, class M, int CW> struct Decay { AttnData<T, M, CW> d;   // a lane per chunk
+  BK_HD void operator()(I lane) const {
+    I b, hd, k, t0, n; d.where(lane, b, hd, k, t0, n); T A = 0; int seg = 0; const I o = lane * TILE;
+    for (I i = 0; i < TILE; i++) {
+      const T a = i < n ? d.la[(b * d.N + t0 + i) * d.H + hd] : T(0); if (i < n && d.cut && d.cut[b * d.N + t0 + i]) seg++;
+      d.Ab[o + i] = A; A += a; d.A[o + i] = A; d.seg[o + i] = seg; d.into[o + i] = seg == 0 ? bk_exp(A) : T(0);
+    }
+    for (I i = 0; i < TILE; i++) d.end[o + i] = i < n && d.seg[o + i] == seg ? bk_exp(A - d.Ab[o + i]) : T(0);
+    d.decay[lane] = seg == 0 ? bk_exp(A) : T(0);
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0072
+CUDA_ATTENTION += r'''
+template <class T> BK_HD T row_sum(const T* x, I d, I i) { T s = 0; for (I c = 0; c < d; c++) s += x[i * d + (c + i) % d]; return s; }
+template <class T, class M, int CW> struct Prepare { enum { PHASES = 3 }; AttnData<T, M, CW> d; M *q, *k, *v, *qi, *ke;   // a block per (b, head, chunk) of q, then of k, then of v
+  size_t room() const { return (2 * TILE * d.d + TILE) * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I block, int t, int threads) const {
+    T *x = (T*)mem, *sq = x + TILE * d.d, *inv = sq + TILE * d.d; const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, kk, t0, n; d.where(at, b, hd, kk, t0, n);
+    if (phase == 0) for (I e = t; e < TILE * d.d; e += threads) { const I i = e / d.d; x[e] = i < n ? silu(d.conv(b, t0 + i, p * d.D() + hd * d.d + e % d.d)) : T(0); sq[e] = x[e] * x[e]; }
+    if (phase == 1) for (I i = t; i < TILE; i += threads) { T s = p < 2 ? bk_sqrt(row_sum(sq, d.d, i)) : T(1); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); }
+    if (phase == 2) for (I e = t; e < TILE * d.d; e += threads) {
+      const I i = e / d.d, o = at * TILE * d.d + e; const T y = x[e] * inv[i];
+      if (p == 0) { st(q + o, y); st(qi + o, y * d.into[at * TILE + i]); } else if (p == 1) { st(k + o, y); st(ke + o, y * d.end[at * TILE + i]); } else st(v + o, y);
+    }
+  }
+};
+template <class T, class M, int CW> struct Mask { AttnData<T, M, CW> d; M* P;   // P_ij *= E_ij, a lane per element
+  BK_HD void operator()(I e) const { const I j = e % TILE, i = e / TILE % TILE, o = e / (TILE * TILE) * TILE; st(P + e, j <= i && d.seg[o + i] == d.seg[o + j] ? ld<T>(P + e) * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0)); }
+};
+template <class T, class M> struct States { I n, size; const M* add; const T *decay, *S0; T *keep, *last; M* low; int back;   // S <- decay S + new, a lane per element of the state; back: right to left
+  BK_HD void operator()(I lane) const {
+    const I e = lane % size, bh = lane / size; T S = S0 ? S0[lane] : T(0), now[8], f[8];
+    for (I c0 = 0; c0 < n; c0 += 8) {
+      BK_UNROLL for (int q = 0; q < 8; q++) if (c0 + q < n) { const I c = bh * n + (back ? n - 1 - c0 - q : c0 + q); now[q] = ld<T>(add + c * size + e); f[q] = decay[c]; }
+      BK_UNROLL for (int q = 0; q < 8; q++) if (c0 + q < n) { const I c = bh * n + (back ? n - 1 - c0 - q : c0 + q); if (keep) keep[c * size + e] = S; if (low) st(low + c * size + e, S); S = f[q] * S + now[q]; }
+    }
+    if (last) last[lane] = S;
+  }
+};
+template <class T, class M, int CW> struct Finish { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M* Y; M* out; T* r;   // norm and gate
+  size_t room() const { return (TILE * d.d + TILE) * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
+    T *sq = (T*)mem, *inv = sq + TILE * d.d; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
+    if (phase == 0) for (I e = t; e < n * d.d; e += threads) { T y = ld<T>(Y + at * TILE * d.d + e); sq[e] = y * y; }
+    if (phase == 1) for (I i = t; i < n; i += threads) { inv[i] = 1 / bk_sqrt(row_sum(sq, d.d, i) / d.d + d.eps); if (r) r[(b * d.N + t0 + i) * d.H + hd] = inv[i]; }
+    if (phase == 2) for (I e = t; e < n * d.d; e += threads) {
+      const I i = e / d.d, c = e % d.d, col = hd * d.d + c;
+      st(out + (b * d.N + t0 + i) * d.D() + col, ld<T>(Y + at * TILE * d.d + e) * d.wt[c] * inv[i] * silu(d.raw(b, t0 + i, 3 * d.D() + col)));
+    }
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0074
+CUDA_ATTENTION_BACK = r'''
+template <class T, class M, int CW> struct GateBack { enum { PHASES = 4 }; AttnData<T, M, CW> d; const M *Y, *out, *dout; const T* r; M *dY, *dh; T* dwt;   // dwt: (block, d)
+  size_t room() const { return (TILE * d.d + TILE) * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
+    T *x = (T*)mem, *mean = x + TILE * d.d; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
+    if (phase == 0) for (I e = t; e < n * d.d; e += threads) { const I o = (b * d.N + t0 + e / d.d) * d.D() + hd * d.d + e % d.d; x[e] = ld<T>(dout + o) * ld<T>(out + o); }
+    if (phase == 1) for (I i = t; i < n; i += threads) mean[i] = row_sum(x, d.d, i) / d.d;
+    if (phase == 2) for (I e = t; e < TILE * d.d; e += threads) {
+      const I i = e / d.d, c = e % d.d, col = hd * d.d + c, o = at * TILE * d.d + e; if (i >= n) { st(dY + o, T(0)); x[e] = 0; continue; }
+      const I tok = b * d.N + t0 + i; const T inv = r[tok * d.H + hd], y = ld<T>(Y + o) * inv, g = ld<T>(dout + tok * d.D() + col), z = d.raw(b, t0 + i, 3 * d.D() + col), sg = sigmoid(z), si = z * sg;
+      st(dh + tok * d.F + 3 * d.D() + col, g * y * d.wt[c] * (sg + si * (1 - sg))); st(dY + o, (g * d.wt[c] * si - y * mean[i]) * inv); x[e] = g * y * si;
+    }
+    if (phase == 3) for (I c = t; c < d.d; c += threads) { T s = 0; for (I i = 0; i < TILE; i++) s += x[i * d.d + c]; dwt[at * d.d + c] = s; }
+  }
+};
+template <class T, class M, int CW> struct MaskBack { enum { PHASES = 2 }; AttnData<T, M, CW> d; const M* P; M* dP; T *dA, *da;   // P is masked; dP becomes dP E
+  size_t room() const { return TILE * TILE * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
+    T* x = (T*)mem; const I o = at * TILE;
+    if (phase == 0) for (I e = t; e < TILE * TILE; e += threads) {
+      const I i = e / TILE, j = e % TILE; const T g = ld<T>(dP + o * TILE + e); x[e] = g * ld<T>(P + o * TILE + e);
+      st(dP + o * TILE + e, j <= i && d.seg[o + i] == d.seg[o + j] ? g * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0));
+    }
+    if (phase == 1) for (I i = t; i < TILE; i += threads) { dA[o + i] = row_sum(x, (I)TILE, i); T s = 0; for (I q = 0; q < TILE; q++) s += x[q * TILE + i]; da[o + i] = -s; }
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0075
+CUDA_ATTENTION_BACK += r'''
+template <class T, class M, int CW> struct MixBack { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M *q, *k, *dq2, *dk2; M *dq, *dk; T *dA, *da, *dla; const T* sd;   // dq, dk hold the parts that come through the state
+  size_t room() const { return 2 * TILE * d.d * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
+    T *x = (T*)mem, *y = x + TILE * d.d; const I o = at * TILE; I b, hd, c, t0, n; d.where(at, b, hd, c, t0, n);
+    if (phase == 0) for (I e = t; e < TILE * d.d; e += threads) {
+      const I i = e / d.d, z = o * d.d + e; const T a = ld<T>(dq + z) * d.into[o + i], f = ld<T>(dk + z) * d.end[o + i];
+      x[e] = a * ld<T>(q + z); y[e] = f * ld<T>(k + z); st(dq + z, a + ld<T>(dq2 + z)); st(dk + z, f + ld<T>(dk2 + z));
+    }
+    if (phase == 1) for (I i = t; i < TILE; i += threads) { const T e = row_sum(y, d.d, i); dA[o + i] += row_sum(x, d.d, i); da[o + i] -= e; y[i * d.d] = e; }
+    if (phase == 2 && t == 0) {                        // gradient of log|g_m|: all A_i with i >= m, all A_j - a_j with j > m
+      T all = d.decay[at] * sd[at], upto = 0, after = 0; for (I i = 0; i < TILE; i++) all += y[i * d.d];
+      for (I i = TILE - 1; i >= 0; i--) { upto += dA[o + i] + (i == TILE - 1 ? all : T(0)); if (i < n) dla[(b * d.N + t0 + i) * d.H + hd] = upto + after; after += da[o + i]; }
+    }
+  }
+};
+template <class T, class M, int CW> struct PrepareBack { enum { PHASES = 5, HALO = TILE + CW - 1 }; AttnData<T, M, CW> d; const M *dq, *dk, *dv; M* dh; T* dtaps;   // dtaps: (b, chunk, CW, 3 D)
+  size_t room() const { return (2 * HALO * d.d + 2 * HALO) * sizeof(T); }
+  BK_HD void operator()(int phase, char* mem, I block, int t, int threads) const {
+    T *x = (T*)mem, *g = x + HALO * d.d, *inv = g + HALO * d.d, *dot = inv + HALO; const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
+    const I rows = least(HALO, d.N - t0), col = p * d.D() + hd * d.d; const M* dx = p == 0 ? dq : p == 1 ? dk : dv;
+    if (phase == 0) for (I e = t; e < rows * d.d; e += threads) { x[e] = silu(d.conv(b, t0 + e / d.d, col + e % d.d)); g[e] = ld<T>(dx + at * TILE * d.d + e); }   // the next chunk follows in memory
+    if (phase == 1 && p < 2) for (I i = t; i < rows; i += threads) {
+      T s = 0, m = 0; for (I c = 0; c < d.d; c++) { const I e = i * d.d + (c + i) % d.d; s += x[e] * x[e]; m += x[e] * g[e]; }
+      s = bk_sqrt(s); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); dot[i] = m * inv[i];
+    }
+    if (phase == 2) for (I e = t; e < rows * d.d; e += threads) {
+      const I i = e / d.d; const T a = d.conv(b, t0 + i, col + e % d.d), sg = sigmoid(a); T y = g[e]; if (p < 2) y = (y - x[e] * inv[i] * dot[i]) * inv[i];
+      g[e] = y * (sg + a * sg * (1 - sg));
+    }
+    if (phase == 3) for (I e = t; e < n * d.d; e += threads) {
+      const I i = e / d.d, c = col + e % d.d; T s = 0; for (int j = 0; j < CW; j++) if (i + j < rows && d.ok(b, t0 + i + j, j)) s += g[e + j * d.d] * d.taps[j * 3 * d.D() + c];
+      st(dh + (b * d.N + t0 + i) * d.F + c, s);
+    }
+    if (phase == 4) for (I e = t; e < CW * d.d; e += threads) {
+      const int j = (int)(e / d.d); const I c = col + e % d.d; T s = 0; for (I i = 0; i < n; i++) if (d.ok(b, t0 + i, j)) s += g[i * d.d + e % d.d] * d.raw(b, t0 + i - j, c);
+      dtaps[((b * d.chunks() + k) * CW + j) * 3 * d.D() + c] = s;
+    }
+  }
+};
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0077
+CUDA_ATTENTION_ENTRY = r'''
+// a: which, stream, B N H d F width type, pointer to eps, h and its strides, past cut taps la wt, A Ab into end decay seg, then the tensors of that kernel
+template <class T, class M, int CW> int attention(const I* a) {
+  const I* q = a + 10; AttnData<T, M, CW> d = {a[2], a[3], a[4], a[5], a[6], (T) * (double*)a[9], (const M*)q[0], q[1], q[2], (const M*)q[3], (const uint8_t*)q[4], (const T*)q[5], (const T*)q[6], (const T*)q[7],
+    (T*)q[8], (T*)q[9], (T*)q[10], (T*)q[11], (T*)q[12], (int*)q[13]};
+  const I* p = q + 14; void* s = (void*)a[1]; const I tiles = d.B * d.H * d.chunks(); if (!tiles || !d.d) return 0;
+  switch (a[0]) {
+    case 0: { int e = launch(Decay<T, M, CW>{d}, tiles, 64, s); return e ? e : launch_blocks(Prepare<T, M, CW>{d, (M*)p[0], (M*)p[1], (M*)p[2], (M*)p[3], (M*)p[4]}, 3 * tiles, 256, s); }
+    case 1: return launch(Mask<T, M, CW>{d, (M*)p[0]}, tiles * TILE * TILE, 256, s);
+    case 2: return launch(States<T, M>{d.chunks(), d.d * d.d, (const M*)p[0], d.decay, (const T*)p[1], (T*)p[2], (T*)p[3], (M*)p[4], (int)p[5]}, d.B * d.H * d.d * d.d, 128, s);
+    case 3: return launch_blocks(Finish<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2]}, tiles, 256, s);
+    case 4: return launch_blocks(GateBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (const T*)p[3], (M*)p[4], (M*)p[5], (T*)p[6]}, tiles, 256, s);
+    case 5: return launch_blocks(MaskBack<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2], (T*)p[3]}, tiles, 256, s);
+    case 6: return launch_blocks(MixBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (const M*)p[3], (M*)p[4], (M*)p[5], (T*)p[6], (T*)p[7], (T*)p[8], (const T*)p[9]}, tiles, 256, s);
+    default: return launch_blocks(PrepareBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (M*)p[3], (T*)p[4]}, 3 * tiles, 256, s);
+  }
+}
+template <class T, class M> int attention_width(const I* a) { return a[7] == 4 ? attention<T, M, 4>(a) : attention<T, M, 1>(a); }
+extern "C" int bk_attention(const I* a) { return a[8] == 0 ? attention_width<float, float>(a) : a[8] == 1 ? attention_width<double, double>(a) : attention_width<float, bf16>(a); }
+'''
+ATTENTION_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
+ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
+
+# %% ../nbs/10_hardware.ipynb #c0079
+class _Attend:
+    "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
+    def __init__(self, h, past, cut, taps, log_g, weight, eps):
+        B,N,Fh = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); self.shape, self.h, self.f = (B, H, n, 64, d), h, f
+        self.k, num = ATTENTION_KERNELS[h.device.type], ctypes.c_double(eps)
+        self.decays = [h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)] + [h.new_empty(B, H, n, dtype=f), h.new_empty(B, H, n, 64, dtype=torch.int32)]
+        self.keep = (num, past, cut, taps, log_g, weight)
+        self.head = [self.k.stream(h.device), B, N, H, d, Fh, len(taps), mixers._TYPES[h.dtype], ctypes.addressof(num), h.data_ptr(), h.stride(0), h.stride(1),
+                     *(0 if t is None else t.data_ptr() for t in (past, cut, taps, log_g, weight, *self.decays))]
+        self.q, self.key, self.v, self.qi, self.ke = (self.tile() for _ in range(5)); self(0, self.q, self.key, self.v, self.qi, self.ke)
+        self.P = self.q @ self.key.mT; self(1, self.P)
+    def tile(self, *s, dtype=None): return self.h.new_empty(s or self.shape, dtype=dtype or self.h.dtype)
+    def __call__(self, which, *ts): self.k.run('bk_attention', [which, *self.head, *(0 if t is None else t if isinstance(t, int) else t.data_ptr() for t in ts)], self.h.device)
+    def states(self, new, S0=None, keep=True, last=None, back=0): # state before each chunk (after, when back): in the type of sums, and in that of the products
+        B,H,n,_,d = self.shape; low = self.h.dtype != self.f
+        S, s = (self.tile(B, H, n, d, d, dtype=self.f) if keep or not low else None), (self.tile(B, H, n, d, d) if low else None)
+        self(2, new, S0, S, last, s, back); return S, s if low else S
+    def values(self, s): return self.P @ self.v + self.qi @ s
+
+def attention_forward(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
+    "`02`'s fused attention by the CUDA kernels and `matmul`: output, 1/r per head, states at the chunks, state at the end."
+    B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype
+    out, r = h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=f) if keep else None
+    end = None if keep else h.new_zeros(B, H, d, d, dtype=f) if S0 is None else S0.clone()
+    if not h.numel(): return out, r, h.new_empty(B, H, -(-N//64), d, d, dtype=f) if keep else None, end
+    a = _Attend(h, past, cut, taps, log_g, weight, eps); S, s = a.states(a.ke.mT @ a.v, S0, keep, end)
+    a(3, a.values(s), out, r); return out, r, S if keep else None, end
+
+# %% ../nbs/10_hardware.ipynb #c0080
+def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
+    "Its adjoint: gradients of h and log_g, and those of taps and weight in one row."
+    B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n, W = -(-N//64), len(taps); g = g.contiguous()
+    dh, dla = torch.empty(h.shape, dtype=h.dtype, device=h.device), torch.empty_like(log_g)
+    if not h.numel(): return dh, dla, taps.new_zeros(taps.numel() + d)
+    a = _Attend(h, None, cut, taps, log_g, weight, eps); s = kept.to(h.dtype)
+    dY, dwt = a.tile(), a.tile(B*H*n, d, dtype=f); a(4, a.values(s), out, g, r, dY, dh, dwt)
+    dS, ds = a.states(a.qi.mT @ dY, back=1)                        # gradient of the state after each chunk
+    dv, dP = a.ke @ ds + a.P.mT @ dY, dY @ a.v.mT
+    dA, da = (a.tile(B, H, n, 64, dtype=f) for _ in range(2)); a(5, a.P, dP, dA, da)
+    dq, dk, dq2, dk2 = dY @ s.mT, a.v @ ds.mT, dP @ a.key, dP.mT @ a.q
+    a(6, a.q, a.key, dq2, dk2, dq, dk, dA, da, dla, (kept*dS).sum((-1,-2)))
+    dtaps = a.tile(B*n, taps.numel(), dtype=f); a(7, dq, dk, dv, dh, dtaps)
+    return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps, dwt)]).to(taps.dtype)
