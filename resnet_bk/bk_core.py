@@ -10,7 +10,7 @@ __all__ = ['CPP_STEPS', 'CPP_LANES', 'CPP_STREAMS', 'CPP_DRIVER', 'CPP_SCAN', 'C
            'vmapped_get_diag', 'time_together']
 
 # %% ../nbs/01_bk_core.ipynb #c0003
-import ctypes, hashlib, inspect, os, platform, shutil, sys, tempfile, threading, time, warnings
+import ctypes, hashlib, importlib, inspect, os, platform, shutil, sys, tempfile, threading, time, warnings
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -820,8 +820,12 @@ for name,f in dict(diag=_diag_cpp, diag_backward=_diag_backward_cpp, solve=_solv
 BACKENDS['cpp'] = Cpp
 
 # %% ../nbs/01_bk_core.ipynb #c0076
+def _cuda(): # the CUDA kernels are a later notebook's; it is looked for when the first CUDA tensor comes
+    if 'cuda' not in BACKENDS: importlib.import_module('resnet_bk.hardware')
+    return BACKENDS['cuda'].library.load() is not None
+
 def _backend(name, x):
-    if not name: name = 'cpp' if x.device.type == 'cpu' and CORE.load() else 'cuda' if x.device.type == 'cuda' and 'cuda' in BACKENDS else 'reference'
+    if not name: name = 'cpp' if x.device.type == 'cpu' and CORE.load() else 'cuda' if x.device.type == 'cuda' and _cuda() else 'reference'
     if name not in BACKENDS: raise ValueError(f"backend {name!r} is not here; have {sorted(BACKENDS)}")
     if name == 'cpp' and (x.device.type != 'cpu' or not CORE.load()): raise ValueError(f"backend 'cpp' wants CPU tensors and a C++ compiler; got a tensor on {x.device}")
     return BACKENDS[name]

@@ -7,7 +7,8 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'HOST', 'PIVOTS', 'EMULATED', 'CUDA', 'CUDA_MATH', 'CUDA_LAYER', 'CUDA_LAYER_BACK', 'CUDA_LAYER_ENTRY',
            'LAYER_SOURCE', 'LAYER_KERNELS', 'CUDA_ATTENTION', 'CUDA_ATTENTION_BACK', 'CUDA_ATTENTION_ENTRY',
            'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
-           'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward']
+           'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'kernel_resources',
+           'CUDAOptimizedBKCore', 'MixedPrecisionTrainer']
 
 # %% ../nbs/10_hardware.ipynb #c0003
 import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
@@ -25,9 +26,10 @@ def plan(chains:int, # B·C
          N:int,      # rows
          sms:int=132,# multiprocessors of the GPU; 132 = H100, H200
          multiple:int=1, # length of a chunk is a multiple of this
+         enough:int=32,  # chains per multiprocessor that need no chunks
         )->tuple:    # (K, length): chunks per chain
-    "How chains are cut in chunks: not at all if there are 32 per multiprocessor, else for 256 lanes on each, of 128 rows or more."
-    if chains < 1 or N < 1024 or chains >= 32*sms: return 1, max(N, 1)
+    "How chains are cut in chunks: not at all if there are `enough` per multiprocessor, else for 256 lanes on each, of 128 rows or more."
+    if chains < 1 or N < 1024 or chains >= enough*sms: return 1, max(N, 1)
     K = max(1, min(-(-256*sms//chains), N//128))
     length = -(-N//K); length = -(-length//multiple)*multiple
     return -(-N//length), length
@@ -395,7 +397,7 @@ class CudaLibrary(CppLibrary):
         if not torch.cuda.is_available(): return None
         try:
             if not self.path.exists():
-                print(f'resnet_bk: compiling the CUDA kernel {self.name}, once (about a minute) ...', file=sys.stderr, flush=True)
+                print(f'resnet_bk: compiling the CUDA kernel {self.name}, once (a minute or two) ...', file=sys.stderr, flush=True)
                 compile_cuda(self.source, self.path, [self.arch])
             lib = ctypes.CDLL(str(self.path)); lib.bk_error.restype = ctypes.c_char_p
             return lib
@@ -417,9 +419,9 @@ class Kernels:
     def lib(self):
         if (l := self.library.load()) is None: raise ValueError('the CUDA kernels want a GPU and nvcc; on this machine they run with backend="emulated"')
         return l
-    def plan(self, B, N, C, dev, multiple=1):
+    def plan(self, B, N, C, dev, multiple=1, enough=32):
         if self.chunks: n = -(-max(N, 1)//self.chunks); n = -(-n//multiple)*multiple; return -(-max(N, 1)//n), n
-        return plan(B*C, N, torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == 'cuda' else 1, multiple)
+        return plan(B*C, N, torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == 'cuda' else 1, multiple, enough)
     def run(self, name, args, dev): # one call into the library; its answer is a CUDA error or 0
         lib = self.lib(); head = (ctypes.c_int64*1)(dev.index or 0)
         e = lib.bk_device(head) or getattr(lib, name)((ctypes.c_int64*len(args))(*args))
@@ -605,28 +607,33 @@ template <class T, class M, int CW, bool FOLD> struct LayerBack { typedef Comple
   BK_HD void again(typename Data::Window& l, Block& k, I b, I c, I t0, I t1) const {   // the forward sweep of one block of rows
     const double* q = d.ck + ((b * d.blocks() + t0 / ROWS) * d.C + c) * 4; Z g = {q[0], q[1]}, y = {q[2], q[3]}; d.open(l, b, c, t0);
     const double base = -2 - double(d.E[c]), eta = d.eta[c];
-    for (I i = t0; i < t1; i++) {
-      T x[3], pre[3], u, w, v; BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) x[p] = d.raw(b, i, p, c);
-      const I n = i - t0; k.cut[n] = d.cut_at(b, i); d.shift(l, x, k.cut[n], pre); d.values(l, pre, u, w, v);
-      const double t = k.cut[n] ? 0 : 1; g = pivot_step(Z{base + v, -(eta + w)}, g * t); y = mix_step(g, y, t, double(u));
-      BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) k.pre[p][n] = pre[p];
-      k.v[n] = v; k.g[n] = as<T>(g); k.y[n] = as<T>(y); k.age[n] = l.age;
+    for (I i0 = t0; i0 < t1; i0 += AHEAD) {            // eight rows are loaded before the first is used
+      T x[AHEAD][3]; BK_UNROLL for (int q = 0; q < AHEAD; q++) BK_UNROLL for (int p = 0; p < 3; p++) if (i0 + q < t1 && p < d.nin) x[q][p] = d.raw(b, i0 + q, p, c);
+      BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 + q < t1) {
+        T pre[3], u, w, v; const I n = i0 + q - t0; k.cut[n] = d.cut_at(b, i0 + q); d.shift(l, x[q], k.cut[n], pre); d.values(l, pre, u, w, v);
+        const double t = k.cut[n] ? 0 : 1; g = pivot_step(Z{base + v, -(eta + w)}, g * t); y = mix_step(g, y, t, double(u));
+        BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) k.pre[p][n] = pre[p];
+        k.v[n] = v; k.g[n] = as<T>(g); k.y[n] = as<T>(y); k.age[n] = l.age;
+      }
     }
   }
 '''
 
 # %% ../nbs/10_hardware.ipynb #c0063
 CUDA_LAYER_BACK += r'''
+  struct Early { T r, m, d0, d1, z; bool cut; };        // what a row loads
+  BK_HD Early early(I b, I i, I c) const {
+    const I at = b * d.N + i; const M* q = d.dout + at * d.D() + d.feat * c;
+    return {d.rinv[at], d.mean[at], ld<T>(q), d.feat == 2 ? ld<T>(q + 1) : T(0), ld<T>(d.h + b * d.hb + i * d.hn + d.P() + c), d.cut_at(b, i + 1)};
+  }
   struct Grads { ZT dy; T gate, dw0, dw1; };
-  BK_HD Grads through_norm(const Block& k, I b, I i, I n, I c) const {
-    const I at = b * d.N + i; const T r = d.rinv[at], m = d.mean[at]; const M* q = d.dout + at * d.D() + d.feat * c;
-    const T d0 = ld<T>(q), d1 = d.feat == 2 ? ld<T>(q + 1) : T(0), w0 = d.wt[d.feat * c], w1 = d.feat == 2 ? d.wt[2 * c + 1] : T(0);
-    const T z = ld<T>(d.h + b * d.hb + i * d.hn + d.P() + c), sg = sigmoid(z), si = z * sg, h0 = k.y[n].re * r, h1 = k.y[n].im * r, e0 = d0 * h0, e1 = d1 * h1;
-    return {{(d0 * w0 * si - h0 * m) * r, d.feat == 2 ? (d1 * w1 * si - h1 * m) * r : T(0)}, (e0 * w0 + e1 * w1) * (sg + si * (1 - sg)), e0 * si, e1 * si};
+  BK_HD Grads through_norm(const Block& k, const Early& e, I n, I c) const {
+    const T w0 = d.wt[d.feat * c], w1 = d.feat == 2 ? d.wt[2 * c + 1] : T(0), sg = sigmoid(e.z), si = e.z * sg, h0 = k.y[n].re * e.r, h1 = k.y[n].im * e.r, e0 = e.d0 * h0, e1 = e.d1 * h1;
+    return {{(e.d0 * w0 * si - h0 * e.m) * e.r, d.feat == 2 ? (e.d1 * w1 * si - h1 * e.m) * e.r : T(0)}, (e0 * w0 + e1 * w1) * (sg + si * (1 - sg)), e0 * si, e1 * si};
   }
   struct State { ZT P, L; T owed[3][CW]; };
-  BK_HD void row(State& s, const typename Data::Window& l, Block& k, T* sum, I b, I i, I n, I c) const {
-    const Grads g = through_norm(k, b, i, n, c); const T t = d.cut_at(b, i + 1) ? 0 : 1; const ZT gc = k.g[n].conj(), yc = k.y[n].conj();
+  BK_HD void row(State& s, const typename Data::Window& l, Block& k, T* sum, const Early& e, I b, I i, I n, I c) const {
+    const Grads g = through_norm(k, e, n, c); const T t = e.cut ? 0 : 1; const ZT gc = k.g[n].conj(), yc = k.y[n].conj();
     s.P = mix_adjoint(gc, g.dy, s.P, t); s.L = pivot_adjoint(gc, s.L * t) - yc * s.P;   // the bond is 0 or 1, so t^2 = t
     T* S = sum + 3 * CW; S[4] += g.dw0; S[5] += g.dw1; S[2] -= s.L.re; S[3] -= s.L.im;
     M* o = d.dh + (b * d.N + i) * d.F + c; st(o + d.P(), g.gate);
@@ -641,8 +648,8 @@ CUDA_LAYER_BACK += r'''
       s.owed[p][CW - 1] = 0;
     }
   }
-  BK_HD void fold(Map& m, const Block& k, I b, I i, I n, I c) const {
-    const Z gc = as<double>(k.g[n].conj()), yc = as<double>(k.y[n].conj()), dy = as<double>(through_norm(k, b, i, n, c).dy); const double t = d.cut_at(b, i + 1) ? 0 : 1; Map f;
+  BK_HD void fold(Map& m, const Block& k, const Early& e, I n, I c) const {
+    const Z gc = as<double>(k.g[n].conj()), yc = as<double>(k.y[n].conj()), dy = as<double>(through_norm(k, e, n, c).dy); const double t = e.cut ? 0 : 1; Map f;
     f.a = -(gc * t); f.b = gc * dy; f.c = gc * gc * t; f.d = -(yc * f.a); f.e = -(yc * f.b); f.after(m); m = f;
   }
 '''
@@ -656,10 +663,12 @@ CUDA_LAYER_BACK += r'''
     if (FOLD) m.unit(); else { for (int q = 0; q < SUMS; q++) acc[q] = 0; if (in) { s.P = {T(in[lane]), T(in[L + lane])}; s.L = {T(in[2 * L + lane]), T(in[3 * L + lane])}; } }
     for (I t0 = (n1 - 1) / ROWS * ROWS; t0 >= n0; t0 -= ROWS) {
       const I t1 = least(n1, t0 + ROWS); again(l, blk, b, c, t0, t1);
-      if (FOLD) { for (I i = t1 - 1; i >= t0; i--) fold(m, blk, b, i, i - t0, c); continue; }
-      for (int q = 0; q < SUMS; q++) sum[q] = 0;
-      for (I i = t1 - 1; i >= t0; i--) row(s, l, blk, sum, b, i, i - t0, c);
-      for (int q = 0; q < SUMS; q++) acc[q] += sum[q];
+      if (!FOLD) for (int q = 0; q < SUMS; q++) sum[q] = 0;
+      for (I i0 = t1 - 1; i0 >= t0; i0 -= AHEAD) {
+        Early e[AHEAD]; BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 - q >= t0) e[q] = early(b, i0 - q, c);
+        BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 - q >= t0) { if constexpr (FOLD) fold(m, blk, e[q], i0 - q - t0, c); else row(s, l, blk, sum, e[q], b, i0 - q, i0 - q - t0, c); }
+      }
+      if (!FOLD) for (int q = 0; q < SUMS; q++) acc[q] += sum[q];
     }
     if (FOLD) { for (int x = 0; x < Map::SIZE; x++) maps[x * L + lane] = ((const double*)&m)[x]; return; }
     const I rows = CW * d.nin + 4 + d.feat; double* o = d.sums + (b * j.K + k) * rows * d.C + c;   // as 02 wants them: taps (j, p), bias, scale, E, eta, weight
@@ -707,7 +716,7 @@ LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'c
 
 # %% ../nbs/10_hardware.ipynb #c0068
 def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
-    B,N,Fh = h.shape; W, P = taps.shape; dev, k = h.device, LAYER_KERNELS[h.device.type]; K,n = k.plan(B, N, C, dev, 32)
+    B,N,Fh = h.shape; W, P = taps.shape; dev, k = h.device, LAYER_KERNELS[h.device.type]; K,n = k.plan(B, N, C, dev, 32, 256 if back else 32)   # backward recomputes, so it wants more lanes
     f = taps.dtype; empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
     work, mean, owed = empty(17*B*K*C if K > 1 else 0, dt=torch.float64), empty(B*N if back else 0), empty(B*K*W*P if back and K > 1 else 0)
     sums = empty(B*K, W*(P//C) + 4 + features, C, dt=torch.float64) if back else None
@@ -940,3 +949,98 @@ def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     a(6, a.q, a.key, dq2, dk2, dq, dk, dA, da, dla, (kept*dS).sum((-1,-2)))
     dtaps = a.tile(B*n, taps.numel(), dtype=f); a(7, dq, dk, dv, dh, dtaps)
     return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps, dwt)]).to(taps.dtype)
+
+# %% ../nbs/10_hardware.ipynb #c0090
+BACKENDS['cuda'] = CUDA
+
+def _registered(name, cpu, gpu): # the forward function that 02 calls, by device
+    setattr(mixers, name, lambda h, *args, **kw: (gpu if h.is_cuda else cpu)(h, *args, **kw))
+
+_registered('_layer', mixers._layer, layer_forward); _registered('_attend', mixers._attend, attention_forward)
+layer_op.register_kernel('cuda')(lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3])
+layer_backward_op.register_kernel('cuda')(layer_backward)
+attention_op.register_kernel('cuda')(lambda h, cut, taps, log_g, weight, eps: attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3])
+attention_backward_op.register_kernel('cuda')(attention_backward)
+
+# %% ../nbs/10_hardware.ipynb #c0091
+@torch.compiler.assume_constant_result
+def _loads(which): return (LAYER_KERNELS if which == 'layer' else ATTENTION_KERNELS)['cuda'].library.load() is not None
+
+def _fits(self, h, state, return_state):
+    return (self.fused and h.dtype in mixers._TYPES and (self.conv is None or self.conv.width == 4) and not torch._C._are_functorch_transforms_active()
+            and not ((state is not None or return_state) and torch.is_grad_enabled()))
+
+_on_cpu = {cls: cls._can_fuse for cls in (BKMixer, BKAttention)}
+@patch
+def _can_fuse(self:BKMixer, h, state, return_state):
+    return _fits(self, h, state, return_state) and self.kind == 'resolvent' and self.causal and _loads('layer') if h.is_cuda else _on_cpu[BKMixer](self, h, state, return_state)
+@patch
+def _can_fuse(self:BKAttention, h, state, return_state): # 80 KiB of shared memory hold the tiles of 128 wide heads
+    return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads <= 128 and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
+
+# %% ../nbs/10_hardware.ipynb #c0094
+def kernel_resources(source:str, # CUDA C++
+                     arch=(9,0), # compute capability
+                    )->list:     # of dicts: kernel, registers, spilled and stack bytes per thread
+    "What `ptxas` reports for each kernel of a source. `FileNotFoundError` without nvcc."
+    if not (nvcc := find_nvcc()): raise FileNotFoundError('nvcc not found: install the CUDA toolkit or set CUDA_HOME')
+    with tempfile.TemporaryDirectory() as tmp:
+        (src := Path(tmp)/'k.cu').write_text(source)
+        r = subprocess.run([nvcc, *nvcc_flags([arch]), '-Xptxas', '-v', '-o', str(Path(tmp)/'k.so'), str(src)], capture_output=True, text=True)
+    if r.returncode: raise RuntimeError('nvcc: ' + r.stderr[:300])
+    found = re.findall(r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, .*?Used (\d+) registers", r.stderr + r.stdout, re.S)
+    names = subprocess.run(['c++filt'], input='\n'.join(f[0] for f in found), capture_output=True, text=True).stdout.splitlines() if shutil.which('c++filt') else [f[0] for f in found]
+    short = lambda n: re.sub(r'\(.*', '', re.sub(r'^void |lane_kernel<|block_kernel<|, \(bool\)| ?\(int\)', '', n)).rstrip('>').replace(' ', '')
+    return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
+
+# %% ../nbs/10_hardware.ipynb #c0100
+class CUDAOptimizedBKCore(nn.Module):
+    "The seeds' BK-Core: diagonal of `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`, as two features. CUDA kernels on a GPU, the C++ kernel elsewhere; always float32 (or float64 if v is)."
+    def __init__(self,
+        n_seq:int,       # N
+        z:complex=1j,    # energy + i·width, width > 0
+        causal:bool=False, # True: g of the chain cut after each token. False sees the future: no next-token model
+    ):
+        super().__init__()
+        if n_seq < 1: raise ValueError(f'n_seq must be at least 1; got {n_seq}')
+        self.n_seq, self.z, self.causal = n_seq, complex(z), causal
+        for name,n,x in (('h0_diag', n_seq, -2.), ('h0_sub', n_seq-1, 1.), ('h0_super', n_seq-1, 1.)): self.register_buffer(name, torch.full((n,), x))
+
+    def forward(self, v:Tensor # (B, N) real potential
+               )->Tensor:      # (B, N, 2): Re G, Im G
+        if v.ndim != 2 or v.shape[1] != self.n_seq: raise ValueError(f'want v (B, {self.n_seq}); got {tuple(v.shape)}')
+        with torch.autocast(v.device.type, enabled=False):
+            v = v if v.dtype == torch.float64 else v.float(); k = (self.h0_sub*self.h0_super).to(v.dtype)
+            G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
+        return torch.view_as_real(G[...,0])
+
+# %% ../nbs/10_hardware.ipynb #c0103
+class MixedPrecisionTrainer:
+    "The seeds' mixed precision training step, by `accelerate`: autocast, gradient scaling for fp16, clipping. Weights, E and η stay float32."
+    def __init__(self,
+        model:nn.Module,
+        optimizer,           # over the model's parameters
+        precision:str=None,  # 'bf16', 'fp16' or 'no'; None: bf16 if the device has it, else fp16
+        clip:float=0.5,      # largest gradient norm; None: no clipping
+    ):
+        gpu = torch.cuda.is_available(); precision = precision or ('bf16' if not gpu or torch.cuda.is_bf16_supported() else 'fp16')
+        if precision not in ('no', 'bf16', 'fp16'): raise ValueError(f"precision must be 'no', 'bf16' or 'fp16'; got {precision!r}")
+        if precision == 'fp16' and not gpu: raise ValueError("'fp16' wants a GPU (its gradient scaler runs there); on a CPU use 'bf16'")
+        self.accelerator, self.clip, self.precision = _accelerator(precision), clip, precision
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)     # autocast is ours
+    @property
+    def scaler(self): return self.accelerator.scaler                            # None but for fp16
+
+    def train_step(self, x_batch:Tensor, # (B, N) tokens
+                   y_batch:Tensor,       # (B, N) or (B·N,) targets
+                   criterion,            # (logits (B·N, V), targets (B·N,)) -> loss
+                  )->float:              # the loss
+        "One update of the weights."
+        x, y = (t.to(self.accelerator.device) for t in (x_batch, y_batch)); self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            logits = self.model(x); loss = criterion(logits.reshape(-1, logits.shape[-1]).float(), y.reshape(-1))
+        self.accelerator.backward(loss)
+        if self.clip: self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return loss.item()
