@@ -8,7 +8,8 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'LAYER_SOURCE', 'LAYER_KERNELS', 'CUDA_ATTENTION', 'CUDA_ATTENTION_BACK', 'CUDA_ATTENTION_ENTRY',
            'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
            'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'kernel_resources',
-           'CUDAOptimizedBKCore', 'MixedPrecisionTrainer']
+           'CUDAOptimizedBKCore', 'MixedPrecisionTrainer', 'gpu_check', 'capture_step', 'copy_bandwidth',
+           'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
 # %% ../nbs/10_hardware.ipynb #c0003
 import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
@@ -1044,3 +1045,179 @@ class MixedPrecisionTrainer:
         if self.clip: self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         return loss.item()
+
+# %% ../nbs/10_hardware.ipynb #c0111
+def _off_by(a, b): return max(((x.detach().cpu().double() - y.detach()).abs().max()/y.detach().abs().max().clamp_min(1e-30)).item() for x,y in zip(a, b) if y is not None and y.numel())
+
+def _op_values(op, c, backend):
+    "Value and gradients of one op, each as a real tensor; the cotangent is fixed."
+    x = {k: t.clone().requires_grad_() for k,t in c.items()}; z, kw = torch.complex(x['E'], x['eta']), dict(absorb=x['absorb'], hop=x['hop'], backend=backend)
+    if op == 'mix': out, ends = resolvent_mix(x['v'], x['u'], z, state=(x['g'], x['y']), return_state=True, **kw)
+    elif op == 'solve': out = resolvent_mix(x['v'], x['u'], z, causal=False, **kw)
+    else: out = resolvent_diag(x['v'], z, causal=op == 'pivots', state=x['g'] if op == 'pivots' else None, **kw)
+    y = torch.view_as_real(out); t = torch.arange(y.numel(), dtype=torch.float64).view(y.shape).sin().to(y)
+    return [y, *(torch.view_as_real(g) if g.is_complex() else g for g in torch.autograd.grad((y*t).sum(), list(x.values()), allow_unused=True) if g is not None)]
+
+def _op_case(op, N, seed=0): # float32 values, so that the reference sees the same numbers
+    g = torch.Generator().manual_seed(seed); B, C = (2, 5) if N < 2**14 else (1, 2); r = lambda *s: torch.randn(*s, generator=g); causal = op in ('mix', 'pivots')
+    c = dict(v=r(B, N, C), u=r(B, N, C), E=-2 + r(C), eta=.1 + .9*torch.rand(C, generator=g), absorb=r(B, N, C).abs(), hop=.5 + .5*torch.rand(B, N if causal else N-1, C, generator=g))
+    if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
+    return c
+
+# %% ../nbs/10_hardware.ipynb #c0112
+def _layer_values(kind, N, dev, seed=0):
+    "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
+    torch.manual_seed(seed); B = 2 if N < 2**14 else 1; m = BKMixer(4, potential='token', eta_min=.1) if kind == 'layer' else BKAttention(16, 1, eta_min=.05, eta_max=.1)
+    h, cut = torch.randn(B, N, m.in_proj.out_features), torch.rand(B, N) < 2e-3
+    if kind == 'layer':
+        ps, rest = [m.conv.taps, m.absorb_bias, m.spectrum.E, m.spectrum.log_eta.exp(), m.scale, m.norm.weight], (m.v_max, m.norm.eps, 2, True, True)
+        pairs = ((layer_forward, layer_backward), (_cpu_layer, layer_backward_op)); past = (None,)
+    else: ps, rest, pairs, past = [m.conv.taps, -.1*torch.rand(B, N, 1), m.norm.weight], (m.norm.eps,), ((attention_forward, attention_backward), (_cpu_attend, attention_backward_op)), (None,)
+    res = []
+    for (fw, bw),to in zip(pairs, (lambda t: t.detach().to(dev), lambda t: t.detach().double())):
+        p, x, c = [to(t).contiguous() for t in ps], to(h), cut.to(dev if not res else 'cpu'); out, r, kept, _ = fw(x, None, c, *p, None, *rest)
+        g = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).sin().to(out); res.append([out, *bw(g, x, c, *p, out, r, kept, *rest)])
+    return res
+
+_cpu_layer, _cpu_attend = mixers._layer, mixers._attend
+
+def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
+              emulate:bool=False, # run the kernels as host code instead
+             )->list:     # of dicts: op, N, error
+    "All ops, both layers and all gradients in float32 against float64 on the CPU; prints a line each. `ValueError` without a GPU, unless emulated."
+    if not emulate and not torch.cuda.is_available(): raise ValueError('no GPU here; emulate=True (--emulate) runs the same kernels as host code')
+    dev, backend, rows = ('cpu', 'emulated', []) if emulate else ('cuda', 'cuda', [])
+    print(f"{'emulated on the host' if emulate else torch.cuda.get_device_name()}, float32 against float64, torch {torch.__version__}")
+    for N in sizes:
+        for op in ('diag', 'pivots', 'mix', 'solve'):
+            c = _op_case(op, N); want = _op_values(op, {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k,t in c.items()}, 'cpp')
+            rows.append(dict(op=op, N=N, error=_off_by(_op_values(op, {k: t.to(dev) for k,t in c.items()}, backend), want)))
+        for kind in ('layer', 'attention'): rows.append(dict(op=kind, N=N, error=_off_by(*_layer_values(kind, N, dev))))
+        print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
+    return rows
+
+# %% ../nbs/10_hardware.ipynb #c0117
+def capture_step(model:nn.Module,
+                 opt,         # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
+                 x:Tensor, y:Tensor, # (B, N) tokens and targets: fixed memory, fill them before each replay
+                 criterion=None, # (logits (B·N, V), targets (B·N,)) -> loss
+                 dtype=None,  # of autocast, e.g. torch.bfloat16; None: off
+                ):            # (function that takes one step, loss tensor)
+    "Record forward, backward and update in a CUDA graph. `ValueError` for tensors that are not on a GPU."
+    if not x.is_cuda: raise ValueError(f'a CUDA graph wants CUDA tensors; got {x.device}')
+    criterion = criterion or F.cross_entropy
+    def step():
+        opt.zero_grad(set_to_none=True)
+        with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False): logits = model(x); loss = criterion(logits.flatten(0, 1).float(), y.flatten())
+        loss.backward(); opt.step(); return loss.detach()
+    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3): step()
+    torch.cuda.current_stream().wait_stream(side); graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): loss = step()
+    return graph.replay, loss
+
+# %% ../nbs/10_hardware.ipynb #c0121
+def _ms(f, dev, rounds=10):
+    "Median milliseconds of `f`, after two runs to warm up."
+    for _ in range(2): f()
+    ts = []
+    for _ in range(rounds):
+        if dev == 'cuda':
+            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2)); a.record(); f(); b.record(); b.synchronize(); ts.append(a.elapsed_time(b))
+        else: t = time.perf_counter(); f(); ts.append((time.perf_counter() - t)*1e3)
+    return sorted(ts)[len(ts)//2]
+
+def copy_bandwidth(dev:str='cuda', n:int=2**28, # floats
+                  )->float:                     # bytes per second, read and written
+    "Rate of a plain copy: what a memory-bound kernel can reach."
+    a = torch.ones(n, device=dev); b = torch.empty_like(a)
+    return 8*n/_ms(lambda: b.copy_(a), dev)*1e3
+
+def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
+                     dev:str='cuda', chunks=(None, 1, 2, 4, 8), # None: what `plan` says
+                     copy_floats:int=2**28)->list:
+    "Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written), as a share of the copy bandwidth; per number of chunks."
+    kernels, rate, rows = BACKENDS['cuda' if dev == 'cuda' else 'emulated'], copy_bandwidth(dev, copy_floats), []
+    for shape in shapes:
+        B,N,C = shape; w, u = torch.rand(shape, device=dev), torch.randn(shape, device=dev); E, eta = torch.full((C,), -1., device=dev), torch.full((C,), .1, device=dev); gy = torch.randn(shape, dtype=torch.complex64, device=dev)
+        for K in chunks:
+            if K and N < K*128: continue
+            kernels.chunks = K; fw = lambda: kernels.scan(None, w, u, E, eta, None, None, None, shape); g, y = fw()
+            bw = lambda: kernels.scan_backward(g, y, gy, None, None, None, None, shape, [False, True, True, False])
+            a, b = (32*w.numel()/_ms(f, dev)*1e3*k for f,k in ((fw, 6/8), (bw, 1)))
+            rows.append({'B·C': B*C, 'N': N, 'chunks': f'plan ({kernels.plan(B, N, C, w.device)[0]})' if K is None else str(K), 'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
+        kernels.chunks = None
+    return rows
+
+# %% ../nbs/10_hardware.ipynb #c0122
+def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
+    "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
+    from resnet_bk.benchmarks import _SDPA
+    layers, rows = {'BKMixer': BKMixer(d).to(dev), 'BKAttention': BKAttention(d).to(dev), 'SDPA': _SDPA(d, max(1, d//64)).to(dev)}, []
+    for N in lengths:
+        x, t = torch.randn(max(1, tokens//N), N, d, device=dev, requires_grad=True), {}
+        def step(m):
+            with torch.autocast(dev, torch.bfloat16): y = m(x)
+            y.float().sum().backward()
+        for name,m in layers.items(): t[name] = _ms(lambda: step(m), dev, 5); m.zero_grad()
+        rows.append({'N': N, **{f'{k} ms': v for k,v in t.items()}, **{f'SDPA / {k}': t['SDPA']/t[k] for k in list(layers)[:2]}})
+    return rows
+
+def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536), tokens:int=65536, dev:str='cuda', precision='bf16')->list:
+    "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step; the last row names the crossover."
+    from resnet_bk.benchmarks import GPT
+    from resnet_bk.model import ModelConfig, ResNetBK
+    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']; gpt = lambda N: GPT(V, d, L, max(1, d//64), N)
+    per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}; want = sum(p.numel() for p in gpt(1024).parameters())
+    ours = ModelConfig(V, d, max(2, round(2 + (want - per[2])/(per[3] - per[2]))), tie=True); rows = []
+    for N in lengths:
+        x, rate = torch.randint(V, (max(1, tokens//N), N + 1), device=dev), {}
+        for name,make in (('ResNet-BK', lambda: ResNetBK(ours)), ('GPT', lambda: gpt(N))):
+            m = make().to(dev); t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-4), precision, 1.)
+            try: rate[name] = x[:,1:].numel()/_ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)*1e3
+            except torch.cuda.OutOfMemoryError: rate[name] = 0.
+            rows and None; size_of = sum(p.numel() for p in m.parameters()); del m, t
+            rate[name + ' params'] = size_of
+        rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/max(rate['GPT'], 1e-9), 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
+    return rows
+
+# %% ../nbs/10_hardware.ipynb #c0124
+def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
+    "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
+    from resnet_bk.model import ModelConfig, ResNetBK
+    v = torch.randn(B, N, C, device=dev); fast = 'cuda' if dev == 'cuda' else 'emulated'; op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
+    x = torch.randint(256, (8, N + 1), device=dev)
+    def model(precision):
+        m = ResNetBK(ModelConfig(256, d, layers)).to(dev); t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters()), precision)
+        return _ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)
+    was = torch.get_float32_matmul_precision(); torch.set_float32_matmul_precision('highest'); full, half = model('no'), model('bf16')
+    torch.set_float32_matmul_precision('high'); tf32 = model('no'); torch.set_float32_matmul_precision(was)
+    return [dict(what=w, expected=e, measured=m) for w,e,m in (('kernels / PyTorch loop', 3., op('reference')/op(fast)), ('bf16 / float32 step', 2., full/half), ('TF32 / float32 step', 1.5, full/tf32))]
+
+def gpu_benchmark():
+    "All tables, on the GPU. `ValueError` without one."
+    if not torch.cuda.is_available(): raise ValueError('no GPU here: nothing to measure')
+    from resnet_bk.benchmarks import machine, table
+    print(machine()); print(table(bandwidth_shares(), 'share of the copy bandwidth')); print(table(layer_times(), 'layers, forward and backward'))
+    rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
+    print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
+
+# %% ../nbs/10_hardware.ipynb #c0128
+def main(argv=None)->int: # exit code
+    "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
+    import argparse
+    p = argparse.ArgumentParser(prog='python -m resnet_bk.hardware', formatter_class=argparse.RawDescriptionHelpFormatter, description='CUDA kernels of ResNet-BK: are they right, and how fast are they, on this GPU?',
+        epilog='examples:\n  python -m resnet_bk.hardware check            every op, layer and gradient against float64, N from 1 to 2^20 (minutes)\n  python -m resnet_bk.hardware check --emulate  the same kernels as host code; needs no GPU\n  python -m resnet_bk.hardware bench            bandwidth, layers against FlashAttention, training a 125M model')
+    p.add_argument('what', choices=('check', 'bench')); p.add_argument('--emulate', action='store_true', help='check: run the kernels as host code')
+    p.add_argument('--sizes', type=int, nargs='+', metavar='N', help='check: lengths (default 1 ... 2^20)')
+    a = p.parse_args(argv)
+    try:
+        if a.what == 'bench': gpu_benchmark(); return 0
+        rows = gpu_check(emulate=a.emulate, **({'sizes': a.sizes} if a.sizes else {})); top = max(rows, key=lambda r: r['error'])
+    except ValueError as e: print(e, file=sys.stderr); return 1
+    print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5"); return int(not top['error'] <= 1e-5)
+
+# %% ../nbs/10_hardware.ipynb #c0130
+#| eval: false
+if __name__ == '__main__': sys.exit(main())
