@@ -826,6 +826,7 @@ def _cuda(): # the CUDA kernels are a later notebook's; it is looked for when th
 
 def _backend(name, x):
     if not name: name = 'cpp' if x.device.type == 'cpu' and CORE.load() else 'cuda' if x.device.type == 'cuda' and _cuda() else 'reference'
+    if name == 'cuda': _cuda()
     if name not in BACKENDS: raise ValueError(f"backend {name!r} is not here; have {sorted(BACKENDS)}")
     if name == 'cpp' and (x.device.type != 'cpu' or not CORE.load()): raise ValueError(f"backend 'cpp' wants CPU tensors and a C++ compiler; got a tensor on {x.device}")
     return BACKENDS[name]

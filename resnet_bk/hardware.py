@@ -373,6 +373,7 @@ def nvcc_flags(archs)->list: # [(9, 0), ...] -> flags
 def compile_cuda(source:str,   # CUDA C++
                  path,         # the library to write
                  archs=((8,0), (9,0)), # compute capabilities
+                 verbose:bool=False, # also what each kernel needs, for `kernel_resources`
                 )->str:        # what nvcc said
     "Compile to a shared library. `FileNotFoundError` without nvcc, `RuntimeError` with its first error otherwise."
     nvcc, path = find_nvcc(), Path(path)
@@ -380,7 +381,7 @@ def compile_cuda(source:str,   # CUDA C++
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         (src := Path(tmp)/'k.cu').write_text(source)
-        r = subprocess.run([nvcc, *nvcc_flags(archs), '-o', str(out := Path(tmp)/'k.so'), str(src)], capture_output=True, text=True)
+        r = subprocess.run([nvcc, *nvcc_flags(archs), '--threads', '0', *(['-Xptxas', '-v'] if verbose else []), '-o', str(out := Path(tmp)/'k.so'), str(src)], capture_output=True, text=True)
         if r.returncode: raise RuntimeError('nvcc: ' + next((l.split('k.cu')[-1] for l in (r.stderr + r.stdout).splitlines() if 'error' in l), r.stderr[-300:]))
         os.replace(out, path)
     return r.stderr + r.stdout
@@ -424,7 +425,9 @@ class Kernels:
         if self.chunks: n = -(-max(N, 1)//self.chunks); n = -(-n//multiple)*multiple; return -(-max(N, 1)//n), n
         return plan(B*C, N, torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == 'cuda' else 1, multiple, enough)
     def run(self, name, args, dev): # one call into the library; its answer is a CUDA error or 0
-        lib = self.lib(); head = (ctypes.c_int64*1)(dev.index or 0)
+        lib = self.lib()
+        if (dev.type == 'cuda') != isinstance(self.library, CudaLibrary): raise ValueError(f"backend 'cuda' wants CUDA tensors, 'emulated' CPU tensors; got a tensor on {dev}")
+        head = (ctypes.c_int64*1)(dev.index or 0)
         e = lib.bk_device(head) or getattr(lib, name)((ctypes.c_int64*len(args))(*args))
         if e: raise RuntimeError(f'CUDA error {e} in {name}: {lib.bk_error(e).decode()}')
     def stream(self, dev): return torch.cuda.current_stream(dev).cuda_stream if dev.type == 'cuda' else 0
@@ -707,8 +710,7 @@ template <class T, class M, int CW> int layer(const I* a, bool back) {
   if (!e) e = launch(Emit{d, j, in, nullptr}, L, 64, stream);
   return e || j.K == 1 ? e : launch(Pay<T, M, CW>{d, j}, j.B * j.K * d.P(), 128, stream);
 }
-template <class T, class M> int layer_width(const I* a, bool b) { return a[16] == 4 ? layer<T, M, 4>(a, b) : layer<T, M, 1>(a, b); }
-static int layer_any(const I* a, bool b) { return a[17] == 0 ? layer_width<float, float>(a, b) : a[17] == 1 ? layer_width<double, double>(a, b) : layer_width<float, bf16>(a, b); }
+static int layer_any(const I* a, bool b) { return a[17] == 0 ? layer<float, float, 4>(a, b) : a[17] == 1 ? layer<double, double, 4>(a, b) : layer<float, bf16, 4>(a, b); }
 extern "C" int bk_layer(const I* a) { return layer_any(a, false); }
 extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
 '''
@@ -716,6 +718,8 @@ LAYER_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + C
 LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
 
 # %% ../nbs/10_hardware.ipynb #c0068
+def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps   # no convolution: one tap and three zeros
+
 def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
     B,N,Fh = h.shape; W, P = taps.shape; dev, k = h.device, LAYER_KERNELS[h.device.type]; K,n = k.plan(B, N, C, dev, 32, 256 if back else 32)   # backward recomputes, so it wants more lanes
     f = taps.dtype; empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
@@ -732,14 +736,15 @@ def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, ep
     B,N,_ = h.shape; C, f = len(scale), scale.dtype
     out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
     r, kept = (h.new_empty(B, N, dtype=f), h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64)) if keep else (None, None)
-    _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None)
+    taps = _four(taps); _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None)
     return out, r, kept, end
 
 def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
     "Its adjoint: the gradient of h, and the parameters' as rows (taps, bias, scale, E, eta, weight)."
-    dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale); g = g.contiguous()
-    s = _layer_run('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, C, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
-    return dh, (s.sum(0) if h.numel() else torch.zeros_like(s).sum(0)).to(scale.dtype)
+    dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale); g, f, n = g.contiguous(), _four(taps), taps.numel()//C
+    s = _layer_run('bk_layer_backward', h, f, bias, v_max, eps, features, act, has_v, C, None, cut, f, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
+    s = (s if h.numel() else torch.zeros_like(s)).sum(0)
+    return dh, torch.cat([s[:n], s[f.numel()//C:]]).to(scale.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0070
 CUDA_ATTENTION = r'''
@@ -900,8 +905,7 @@ template <class T, class M, int CW> int attention(const I* a) {
     default: return launch_blocks(PrepareBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (M*)p[3], (T*)p[4]}, 3 * tiles, 256, s);
   }
 }
-template <class T, class M> int attention_width(const I* a) { return a[7] == 4 ? attention<T, M, 4>(a) : attention<T, M, 1>(a); }
-extern "C" int bk_attention(const I* a) { return a[8] == 0 ? attention_width<float, float>(a) : a[8] == 1 ? attention_width<double, double>(a) : attention_width<float, bf16>(a); }
+extern "C" int bk_attention(const I* a) { return a[8] == 0 ? attention<float, float, 4>(a) : a[8] == 1 ? attention<double, double, 4>(a) : attention<float, bf16, 4>(a); }
 '''
 ATTENTION_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
 ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
@@ -910,7 +914,7 @@ ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_
 class _Attend:
     "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
     def __init__(self, h, past, cut, taps, log_g, weight, eps):
-        B,N,Fh = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); self.shape, self.h, self.f = (B, H, n, 64, d), h, f
+        B,N,Fh = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); taps = _four(taps); self.shape, self.h, self.f = (B, H, n, 64, d), h, f
         self.k, num = ATTENTION_KERNELS[h.device.type], ctypes.c_double(eps)
         self.decays = [h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)] + [h.new_empty(B, H, n, dtype=f), h.new_empty(B, H, n, 64, dtype=torch.int32)]
         self.keep = (num, past, cut, taps, log_g, weight)
@@ -938,7 +942,7 @@ def attention_forward(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
 # %% ../nbs/10_hardware.ipynb #c0080
 def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     "Its adjoint: gradients of h and log_g, and those of taps and weight in one row."
-    B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n, W = -(-N//64), len(taps); g = g.contiguous()
+    B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); g = g.contiguous()
     dh, dla = torch.empty(h.shape, dtype=h.dtype, device=h.device), torch.empty_like(log_g)
     if not h.numel(): return dh, dla, taps.new_zeros(taps.numel() + d)
     a = _Attend(h, None, cut, taps, log_g, weight, eps); s = kept.to(h.dtype)
@@ -948,8 +952,8 @@ def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     dA, da = (a.tile(B, H, n, 64, dtype=f) for _ in range(2)); a(5, a.P, dP, dA, da)
     dq, dk, dq2, dk2 = dY @ s.mT, a.v @ ds.mT, dP @ a.key, dP.mT @ a.q
     a(6, a.q, a.key, dq2, dk2, dq, dk, dA, da, dla, (kept*dS).sum((-1,-2)))
-    dtaps = a.tile(B*n, taps.numel(), dtype=f); a(7, dq, dk, dv, dh, dtaps)
-    return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps, dwt)]).to(taps.dtype)
+    dtaps = a.tile(B*n, 12*H*d, dtype=f); a(7, dq, dk, dv, dh, dtaps)
+    return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps[:,:taps.numel()], dwt)]).to(taps.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0090
 BACKENDS['cuda'] = CUDA
@@ -976,25 +980,20 @@ _on_cpu = {cls: cls._can_fuse for cls in (BKMixer, BKAttention)}
 def _can_fuse(self:BKMixer, h, state, return_state):
     return _fits(self, h, state, return_state) and self.kind == 'resolvent' and self.causal and _loads('layer') if h.is_cuda else _on_cpu[BKMixer](self, h, state, return_state)
 @patch
-def _can_fuse(self:BKAttention, h, state, return_state): # 80 KiB of shared memory hold the tiles of 128 wide heads
-    return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads <= 128 and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
+def _can_fuse(self:BKAttention, h, state, return_state): # the tiles of heads 128 wide in float32 take 70 KiB of shared memory
+    return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads*h.element_size() <= 512 and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
 
 # %% ../nbs/10_hardware.ipynb #c0094
-def kernel_resources(source:str, # CUDA C++
+def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
                      arch=(9,0), # compute capability
-                    )->list:     # of dicts: kernel, registers, spilled and stack bytes per thread
-    "What `ptxas` reports for each kernel of a source. `FileNotFoundError` without nvcc."
-    if not (nvcc := find_nvcc()): raise FileNotFoundError('nvcc not found: install the CUDA toolkit or set CUDA_HOME')
-    with tempfile.TemporaryDirectory() as tmp:
-        (src := Path(tmp)/'k.cu').write_text(source)
-        r = subprocess.run([nvcc, *nvcc_flags([arch]), '-Xptxas', '-v', '-o', str(Path(tmp)/'k.so'), str(src)], capture_output=True, text=True)
-    if r.returncode: raise RuntimeError('nvcc: ' + r.stderr[:300])
-    found = re.findall(r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, .*?Used (\d+) registers", r.stderr + r.stdout, re.S)
+                    )->list:   # of dicts: kernel, registers, spilled and stack bytes per thread
+    "What `ptxas` reported for each kernel."
+    found = re.findall(rf"Compiling entry function '(\S+)' for 'sm_{arch[0]}{arch[1]}'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, .*?Used (\d+) registers", said, re.S)
     names = subprocess.run(['c++filt'], input='\n'.join(f[0] for f in found), capture_output=True, text=True).stdout.splitlines() if shutil.which('c++filt') else [f[0] for f in found]
-    short = lambda n: re.sub(r'\(.*', '', re.sub(r'^void |lane_kernel<|block_kernel<|, \(bool\)| ?\(int\)', '', n)).rstrip('>').replace(' ', '')
+    short = lambda n: re.sub(r'>$', '', re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))).replace(' ', '')
     return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
 
-# %% ../nbs/10_hardware.ipynb #c0100
+# %% ../nbs/10_hardware.ipynb #c0101
 class CUDAOptimizedBKCore(nn.Module):
     "The seeds' BK-Core: diagonal of `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`, as two features. CUDA kernels on a GPU, the C++ kernel elsewhere; always float32 (or float64 if v is)."
     def __init__(self,
@@ -1015,7 +1014,7 @@ class CUDAOptimizedBKCore(nn.Module):
             G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
         return torch.view_as_real(G[...,0])
 
-# %% ../nbs/10_hardware.ipynb #c0103
+# %% ../nbs/10_hardware.ipynb #c0104
 class MixedPrecisionTrainer:
     "The seeds' mixed precision training step, by `accelerate`: autocast, gradient scaling for fp16, clipping. Weights, E and η stay float32."
     def __init__(self,
@@ -1046,7 +1045,7 @@ class MixedPrecisionTrainer:
         self.optimizer.step()
         return loss.item()
 
-# %% ../nbs/10_hardware.ipynb #c0111
+# %% ../nbs/10_hardware.ipynb #c0112
 def _off_by(a, b): return max(((x.detach().cpu().double() - y.detach()).abs().max()/y.detach().abs().max().clamp_min(1e-30)).item() for x,y in zip(a, b) if y is not None and y.numel())
 
 def _op_values(op, c, backend):
@@ -1064,7 +1063,7 @@ def _op_case(op, N, seed=0): # float32 values, so that the reference sees the sa
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
-# %% ../nbs/10_hardware.ipynb #c0112
+# %% ../nbs/10_hardware.ipynb #c0113
 def _layer_values(kind, N, dev, seed=0):
     "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
     torch.manual_seed(seed); B = 2 if N < 2**14 else 1; m = BKMixer(4, potential='token', eta_min=.1) if kind == 'layer' else BKAttention(16, 1, eta_min=.05, eta_max=.1)
@@ -1096,7 +1095,7 @@ def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0117
+# %% ../nbs/10_hardware.ipynb #c0118
 def capture_step(model:nn.Module,
                  opt,         # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
                  x:Tensor, y:Tensor, # (B, N) tokens and targets: fixed memory, fill them before each replay
@@ -1117,7 +1116,7 @@ def capture_step(model:nn.Module,
     with torch.cuda.graph(graph): loss = step()
     return graph.replay, loss
 
-# %% ../nbs/10_hardware.ipynb #c0121
+# %% ../nbs/10_hardware.ipynb #c0122
 def _ms(f, dev, rounds=10):
     "Median milliseconds of `f`, after two runs to warm up."
     for _ in range(2): f()
@@ -1135,22 +1134,22 @@ def copy_bandwidth(dev:str='cuda', n:int=2**28, # floats
     return 8*n/_ms(lambda: b.copy_(a), dev)*1e3
 
 def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
-                     dev:str='cuda', chunks=(None, 1, 2, 4, 8), # None: what `plan` says
+                     dev:str='cuda', factors=(.25, .5, 1, 2, 4), # times the number of chunks that `plan` says
                      copy_floats:int=2**28)->list:
     "Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written), as a share of the copy bandwidth; per number of chunks."
     kernels, rate, rows = BACKENDS['cuda' if dev == 'cuda' else 'emulated'], copy_bandwidth(dev, copy_floats), []
     for shape in shapes:
         B,N,C = shape; w, u = torch.rand(shape, device=dev), torch.randn(shape, device=dev); E, eta = torch.full((C,), -1., device=dev), torch.full((C,), .1, device=dev); gy = torch.randn(shape, dtype=torch.complex64, device=dev)
-        for K in chunks:
-            if K and N < K*128: continue
+        want = kernels.plan(B, N, C, w.device)[0]
+        for K in sorted({max(1, round(f*want)) for f in factors}):
             kernels.chunks = K; fw = lambda: kernels.scan(None, w, u, E, eta, None, None, None, shape); g, y = fw()
             bw = lambda: kernels.scan_backward(g, y, gy, None, None, None, None, shape, [False, True, True, False])
             a, b = (32*w.numel()/_ms(f, dev)*1e3*k for f,k in ((fw, 6/8), (bw, 1)))
-            rows.append({'B·C': B*C, 'N': N, 'chunks': f'plan ({kernels.plan(B, N, C, w.device)[0]})' if K is None else str(K), 'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
+            rows.append({'B·C': B*C, 'N': N, 'chunks': f'{K} (plan)' if K == want else str(K), 'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
         kernels.chunks = None
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0122
+# %% ../nbs/10_hardware.ipynb #c0123
 def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
     "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
     from resnet_bk.benchmarks import _SDPA
@@ -1164,7 +1163,7 @@ def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int
         rows.append({'N': N, **{f'{k} ms': v for k,v in t.items()}, **{f'SDPA / {k}': t['SDPA']/t[k] for k in list(layers)[:2]}})
     return rows
 
-def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536), tokens:int=65536, dev:str='cuda', precision='bf16')->list:
+def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536), tokens:int=32768, dev:str='cuda', precision='bf16')->list:
     "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step; the last row names the crossover."
     from resnet_bk.benchmarks import GPT
     from resnet_bk.model import ModelConfig, ResNetBK
@@ -1176,13 +1175,12 @@ def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(
         for name,make in (('ResNet-BK', lambda: ResNetBK(ours)), ('GPT', lambda: gpt(N))):
             m = make().to(dev); t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-4), precision, 1.)
             try: rate[name] = x[:,1:].numel()/_ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)*1e3
-            except torch.cuda.OutOfMemoryError: rate[name] = 0.
-            rows and None; size_of = sum(p.numel() for p in m.parameters()); del m, t
-            rate[name + ' params'] = size_of
-        rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/max(rate['GPT'], 1e-9), 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
+            except torch.cuda.OutOfMemoryError: rate[name] = math.nan
+            rate[name + ' params'] = sum(p.numel() for p in m.parameters()); del m, t
+        rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0124
+# %% ../nbs/10_hardware.ipynb #c0125
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
     "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
     from resnet_bk.model import ModelConfig, ResNetBK
@@ -1203,7 +1201,7 @@ def gpu_benchmark():
     rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
     print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
 
-# %% ../nbs/10_hardware.ipynb #c0128
+# %% ../nbs/10_hardware.ipynb #c0129
 def main(argv=None)->int: # exit code
     "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
     import argparse
@@ -1218,6 +1216,6 @@ def main(argv=None)->int: # exit code
     except ValueError as e: print(e, file=sys.stderr); return 1
     print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5"); return int(not top['error'] <= 1e-5)
 
-# %% ../nbs/10_hardware.ipynb #c0130
+# %% ../nbs/10_hardware.ipynb #c0131
 #| eval: false
 if __name__ == '__main__': sys.exit(main())
