@@ -7,9 +7,9 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'HOST', 'PIVOTS', 'EMULATED', 'CUDA', 'CUDA_MATH', 'CUDA_LAYER', 'CUDA_LAYER_BACK', 'CUDA_LAYER_ENTRY',
            'LAYER_SOURCE', 'LAYER_KERNELS', 'CUDA_ATTENTION', 'CUDA_ATTENTION_BACK', 'CUDA_ATTENTION_ENTRY',
            'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
-           'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'kernel_resources',
-           'CUDAOptimizedBKCore', 'MixedPrecisionTrainer', 'gpu_check', 'capture_step', 'copy_bandwidth',
-           'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
+           'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'CarriedState',
+           'kernel_resources', 'CUDAOptimizedBKCore', 'MixedPrecisionTrainer', 'gpu_check', 'capture_step',
+           'copy_bandwidth', 'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
 # %% ../nbs/10_hardware.ipynb #c0003
 import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
@@ -94,7 +94,7 @@ extern "C" const char* bk_error(int) { return "host"; }
 #endif
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0016
+# %% ../nbs/10_hardware.ipynb #c0018
 CUDA_VIEWS = r'''
 template <class T> struct alignas(2 * sizeof(T)) Pair { T re, im; };
 template <class T> struct View { T* p; I sb, sn, rows; T fill;
@@ -120,7 +120,7 @@ struct Args {                                          // B N C K len off stream
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0018
+# %% ../nbs/10_hardware.ipynb #c0020
 CUDA_SWEEP = r'''
 enum { AHEAD = 8, LINKS = 64 };
 template <class Op, bool FOLD> struct Sweep {          // one thread: one chain, or one chunk of it
@@ -147,7 +147,7 @@ template <class Op, bool FOLD> struct Sweep {          // one thread: one chain,
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0020
+# %% ../nbs/10_hardware.ipynb #c0022
 CUDA_MAPS = r'''
 struct Moebius { enum { SIZE = 13 }; Z p[2], q[2], s[2]; double r;
   BK_HD void unit() { p[0] = q[1] = {1, 0}; p[1] = q[0] = s[0] = s[1] = {0, 0}; r = 1; }
@@ -174,7 +174,7 @@ struct Affine2 { enum { SIZE = 10 }; Z a, b, c, d, e;  // P -> a P + b,  L -> c 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0022
+# %% ../nbs/10_hardware.ipynb #c0024
 CUDA_MAPS += r'''
 template <class Op> struct Link { enum { PHASES = 3 }; typedef typename Op::Map Map;
   Op op; Job j; const double* maps; double* in;
@@ -201,7 +201,7 @@ template <class Op> int drive(const Op& op, const Job& j, double* work, void* st
 }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0024
+# %% ../nbs/10_hardware.ipynb #c0026
 CUDA_SCAN = r'''
 template <class T, class A, bool R> struct ScanOp { enum { REV = R, X = 2 }; typedef Moebius Map;
   View<T> v, w, u, hop, gl, g, y, G; const T *E, *eta, *g0, *y0; int* bad; I off, C;
@@ -231,7 +231,7 @@ template <class T, class A, bool R> struct ScanOp { enum { REV = R, X = 2 }; typ
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0026
+# %% ../nbs/10_hardware.ipynb #c0028
 CUDA_SCAN += r'''
 template <class T> struct Summed { double e, eta; BK_HD void add(Complex<T> L) { e -= L.re; eta -= L.im; } };
 template <class T> struct ScanBackOp { enum { REV = 1, X = 2 }; typedef Affine2 Map; typedef Complex<T> ZT;
@@ -261,7 +261,7 @@ template <class T> struct ScanBackOp { enum { REV = 1, X = 2 }; typedef Affine2 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0028
+# %% ../nbs/10_hardware.ipynb #c0030
 CUDA_SOLVE = r'''
 template <class T> struct One {                        // what sweeps with a single carried number share
   enum { X = 1 }; typedef Affine Map; typedef Complex<T> ZT; typedef Summed<T> Local;
@@ -292,7 +292,7 @@ template <class T> struct RhoOp : One<T> { enum { REV = 0 }; typedef Complex<T> 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0029
+# %% ../nbs/10_hardware.ipynb #c0031
 CUDA_SOLVE += r'''
 template <class T> struct EliminateOp : One<T> { enum { REV = 0 }; typedef Complex<T> ZT; typedef One<T> O;   // p_i = conj(g_i) (gY_i - t p_{i-1})
   View<T> g, gY, hop, p; struct Row { ZT g, gY; T t; };
@@ -320,7 +320,7 @@ template <class T, bool CONJ> struct BackOp : One<T> { enum { REV = 1 }; typedef
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0031
+# %% ../nbs/10_hardware.ipynb #c0033
 CUDA_ENTRY = r'''
 template <class T, class A> int scan(const I* a) {    // v w u hop g y g0 y0
   Args r = {a, 12}; ScanOp<T, A, false> s; s.v = r.view<T>(); s.w = r.view<T>(); s.u = r.view<T>(); s.hop = r.view<T>(1); s.g = r.view<T>(); s.y = r.view<T>(); s.gl = s.G = {};
@@ -359,7 +359,7 @@ template <class T> int solve_backward(const I* a) {   // g Y gY hop p dv dw du d
 PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) PLAIN(solve_backward)
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0033
+# %% ../nbs/10_hardware.ipynb #c0035
 def find_nvcc()->str: # a path, or None
     "The CUDA compiler: of `$CUDA_HOME`, or on the PATH."
     from torch.utils.cpp_extension import CUDA_HOME
@@ -386,7 +386,7 @@ def compile_cuda(source:str,   # CUDA C++
         os.replace(out, path)
     return r.stderr + r.stdout
 
-# %% ../nbs/10_hardware.ipynb #c0034
+# %% ../nbs/10_hardware.ipynb #c0036
 class CudaLibrary(CppLibrary):
     "CUDA C++ compiled by nvcc at the first `load`, for the GPU at hand; None without one, said once in one line."
     @property
@@ -410,7 +410,7 @@ class CudaLibrary(CppLibrary):
 CUDA_CORE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
 DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', CUDA_CORE)
 
-# %% ../nbs/10_hardware.ipynb #c0037
+# %% ../nbs/10_hardware.ipynb #c0039
 PIVOTS = torch.float64   # type of the pivots' arithmetic on a GPU; torch.float32 on a consumer card, see above
 
 def _view(t, parts=1): return (0, 0, 0, 0) if t is None else (t.data_ptr(), t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
@@ -438,7 +438,7 @@ class Kernels:
         self.run(f"bk_{name}_{'f32' if dt == torch.float32 else 'f64'}", [B, N, C, K, n, off, self.stream(dev), p(work), p(bad), p(E), p(eta), PIVOTS == torch.float32, *(x for v in views for x in v)], dev)
         return bad
 
-# %% ../nbs/10_hardware.ipynb #c0039
+# %% ../nbs/10_hardware.ipynb #c0041
 def _check(bad, eta, w, hop):
     if bad.is_cuda: torch._assert_async((bad == 0).all(), 'want absorb ≥ 0, hop ≥ 0 and Im z > 0')
     elif bad.any(): bk_core._raise(int(bad[0] | 2*bad[1]), eta, w, hop)
@@ -464,7 +464,7 @@ def scan_backward(self:Kernels, g, y, gy, gg, hop, g0, y0, shape, need):
     if dhop is not None: dhop = dhop[:,-(N-1):] if N > 1 else dhop[:,:0]
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s), ends[1][:,None], ends[0][:,None]
 
-# %% ../nbs/10_hardware.ipynb #c0040
+# %% ../nbs/10_hardware.ipynb #c0042
 @patch
 def diag(self:Kernels, v, w, E, eta, hop, shape, keep=True):
     B,N,C = shape; K,n = self.plan(B, N, C, E.device)
@@ -498,7 +498,7 @@ EMULATED = BACKENDS['emulated'] = Kernels(HOST)
 CUDA = Kernels(DEVICE)
 if torch.cuda.is_available() and find_nvcc(): BACKENDS['cuda'] = CUDA
 
-# %% ../nbs/10_hardware.ipynb #c0055
+# %% ../nbs/10_hardware.ipynb #c0057
 CUDA_MATH = r'''
 struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
 BK_HD float bk_float(uint32_t b) { union { uint32_t i; float f; } x; x.i = b; return x.f; }
@@ -518,7 +518,7 @@ template <class T> BK_HD T softplus(T x) { return (x > 0 ? x : 0) + bk_log1p(bk_
 BK_HD I least(I a, I b) { return a < b ? a : b; }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0057
+# %% ../nbs/10_hardware.ipynb #c0059
 CUDA_LAYER = r'''
 enum { ROWS = 32 };                                    // a state is kept every 32 rows
 template <class T, class M, int CW> struct LayerData {
@@ -553,7 +553,7 @@ template <class T, class M, int CW> struct LayerData {
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0059
+# %% ../nbs/10_hardware.ipynb #c0061
 CUDA_LAYER += r'''
 template <class T, class M, int CW> struct LayerOp { enum { REV = 0, X = 2 }; typedef Moebius Map; typedef LayerData<T, M, CW> Data; Data d;
   struct Row { T x[3]; bool cut; };
@@ -588,13 +588,13 @@ template <class T, class M, int CW> struct NormGate { enum { PHASES = 3, TREE = 
     if (phase == 2) {
       T s = 0; for (int q = 0; q < TREE; q++) s += few[q];
       const T r = 1 / bk_sqrt(s / d.D() + d.eps); if (t == 0 && d.rinv) d.rinv[at] = r;
-      for (I e = t; e < d.D(); e += threads) st(o + e, ld<T>(o + e) * d.wt[e] * silu(ld<T>(gate + e / d.feat)) * r);
+      for (I e = t; e < d.D(); e += threads) st(o + e, ld<T>(o + e) * d.wt[e] * silu(ld<T>(gate + (d.feat == 2 ? e >> 1 : e))) * r);
     }
   }
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0061
+# %% ../nbs/10_hardware.ipynb #c0063
 CUDA_LAYER_BACK = r'''
 template <class T, class M, int CW> struct Dots { enum { PHASES = 3, TREE = 8 }; LayerData<T, M, CW> d;
   size_t room() const { return (128 + TREE) * sizeof(T); }
@@ -623,7 +623,7 @@ template <class T, class M, int CW, bool FOLD> struct LayerBack { typedef Comple
   }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0063
+# %% ../nbs/10_hardware.ipynb #c0065
 CUDA_LAYER_BACK += r'''
   struct Early { T r, m, d0, d1, z; bool cut; };        // what a row loads
   BK_HD Early early(I b, I i, I c) const {
@@ -658,7 +658,7 @@ CUDA_LAYER_BACK += r'''
   }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0065
+# %% ../nbs/10_hardware.ipynb #c0067
 CUDA_LAYER_BACK += r'''
   BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
   BK_HD void operator()(I lane) const {
@@ -689,7 +689,7 @@ template <class T, class M, int CW> struct Pay { LayerData<T, M, CW> d; Job j;  
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0067
+# %% ../nbs/10_hardware.ipynb #c0069
 CUDA_LAYER_ENTRY = r'''
 // a: K len stream work mean owed, then as in 02: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, h and its strides, the tensors
 template <class T, class M, int CW> int layer(const I* a, bool back) {
@@ -717,7 +717,7 @@ extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
 LAYER_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
 LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
 
-# %% ../nbs/10_hardware.ipynb #c0068
+# %% ../nbs/10_hardware.ipynb #c0070
 def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps   # no convolution: one tap and three zeros
 
 def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
@@ -746,12 +746,12 @@ def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v
     s = (s if h.numel() else torch.zeros_like(s)).sum(0)
     return dh, torch.cat([s[:n], s[f.numel()//C:]]).to(scale.dtype)
 
-# %% ../nbs/10_hardware.ipynb #c0070
+# %% ../nbs/10_hardware.ipynb #c0072
 CUDA_ATTENTION = r'''
 enum { TILE = 64 };                                    // tokens per chunk
 template <class T, class M, int CW> struct AttnData { I B, N, H, d, F; T eps; const M* h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *la, *wt;
   T *A, *Ab, *into, *end, *decay; int* seg;            // (B, H, chunks, TILE): A_i, A_j - a_j, ...; decay is per chunk
-  BK_HD I D() const { return H * d; } BK_HD I chunks() const { return (N + TILE - 1) / TILE; }
+  BK_HD I D() const { return H * d; } BK_HD int w() const { return (int)d; } BK_HD I chunks() const { return (N + TILE - 1) / TILE; }
   BK_HD void where(I block, I& b, I& hd, I& k, I& t0, I& n) const { k = block % chunks(); hd = block / chunks() % H; b = block / chunks() / H; t0 = k * TILE; n = least(TILE, N - t0); }
   BK_HD T raw(I b, I i, I col) const {
     if (i >= 0) return ld<T>(h + b * hb + i * hn + col);
@@ -773,21 +773,25 @@ template <class T, class M, int CW> struct Decay { AttnData<T, M, CW> d;   // a 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0072
+# %% ../nbs/10_hardware.ipynb #c0074
 CUDA_ATTENTION += r'''
-template <class T> BK_HD T row_sum(const T* x, I d, I i) { T s = 0; for (I c = 0; c < d; c++) s += x[i * d + (c + i) % d]; return s; }
+template <class T> BK_HD T row_sum(const T* x, int d, int i) { T s = 0; int c = i % d; for (int q = 0; q < d; q++) { s += x[i * d + c]; if (++c == d) c = 0; } return s; }
 template <class T, class M, int CW> struct Prepare { enum { PHASES = 3 }; AttnData<T, M, CW> d; M *q, *k, *v, *qi, *ke;   // a block per (b, head, chunk) of q, then of k, then of v
-  size_t room() const { return (2 * TILE * d.d + TILE) * sizeof(T); }
+  size_t room() const { return (2 * TILE * d.w() + TILE) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I block, int t, int threads) const {
-    T *x = (T*)mem, *sq = x + TILE * d.d, *inv = sq + TILE * d.d; const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, kk, t0, n; d.where(at, b, hd, kk, t0, n);
-    if (phase == 0) for (I e = t; e < TILE * d.d; e += threads) { const I i = e / d.d; x[e] = i < n ? silu(d.conv(b, t0 + i, p * d.D() + hd * d.d + e % d.d)) : T(0); sq[e] = x[e] * x[e]; }
-    if (phase == 1) for (I i = t; i < TILE; i += threads) { T s = p < 2 ? bk_sqrt(row_sum(sq, d.d, i)) : T(1); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); }
-    if (phase == 2) for (I e = t; e < TILE * d.d; e += threads) {
-      const I i = e / d.d, o = at * TILE * d.d + e; const T y = x[e] * inv[i];
+    T *x = (T*)mem, *sq = x + TILE * d.w(), *inv = sq + TILE * d.w(); const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, kk, t0, n; d.where(at, b, hd, kk, t0, n);
+    if (phase == 0) for (int e = t; e < TILE * d.w(); e += threads) { const I i = e / d.w(); x[e] = i < n ? silu(d.conv(b, t0 + i, p * d.D() + hd * d.w() + e % d.w())) : T(0); sq[e] = x[e] * x[e]; }
+    if (phase == 1) for (I i = t; i < TILE; i += threads) { T s = p < 2 ? bk_sqrt(row_sum(sq, d.w(), i)) : T(1); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); }
+    if (phase == 2) for (int e = t; e < TILE * d.w(); e += threads) {
+      const I i = e / d.w(), o = at * TILE * d.w() + e; const T y = x[e] * inv[i];
       if (p == 0) { st(q + o, y); st(qi + o, y * d.into[at * TILE + i]); } else if (p == 1) { st(k + o, y); st(ke + o, y * d.end[at * TILE + i]); } else st(v + o, y);
     }
   }
 };
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0076
+CUDA_ATTENTION += r'''
 template <class T, class M, int CW> struct Mask { AttnData<T, M, CW> d; M* P;   // P_ij *= E_ij, a lane per element
   BK_HD void operator()(I e) const { const I j = e % TILE, i = e / TILE % TILE, o = e / (TILE * TILE) * TILE; st(P + e, j <= i && d.seg[o + i] == d.seg[o + j] ? ld<T>(P + e) * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0)); }
 };
@@ -802,102 +806,106 @@ template <class T, class M> struct States { I n, size; const M* add; const T *de
   }
 };
 template <class T, class M, int CW> struct Finish { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M* Y; M* out; T* r;   // norm and gate
-  size_t room() const { return (TILE * d.d + TILE) * sizeof(T); }
+  size_t room() const { return (TILE * d.w() + TILE) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *sq = (T*)mem, *inv = sq + TILE * d.d; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
-    if (phase == 0) for (I e = t; e < n * d.d; e += threads) { T y = ld<T>(Y + at * TILE * d.d + e); sq[e] = y * y; }
-    if (phase == 1) for (I i = t; i < n; i += threads) { inv[i] = 1 / bk_sqrt(row_sum(sq, d.d, i) / d.d + d.eps); if (r) r[(b * d.N + t0 + i) * d.H + hd] = inv[i]; }
-    if (phase == 2) for (I e = t; e < n * d.d; e += threads) {
-      const I i = e / d.d, c = e % d.d, col = hd * d.d + c;
-      st(out + (b * d.N + t0 + i) * d.D() + col, ld<T>(Y + at * TILE * d.d + e) * d.wt[c] * inv[i] * silu(d.raw(b, t0 + i, 3 * d.D() + col)));
+    T *sq = (T*)mem, *inv = sq + TILE * d.w(); I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
+    if (phase == 0) for (int e = t; e < n * d.w(); e += threads) { T y = ld<T>(Y + at * TILE * d.w() + e); sq[e] = y * y; }
+    if (phase == 1) for (I i = t; i < n; i += threads) { inv[i] = 1 / bk_sqrt(row_sum(sq, d.w(), i) / d.w() + d.eps); if (r) r[(b * d.N + t0 + i) * d.H + hd] = inv[i]; }
+    if (phase == 2) for (int e = t; e < n * d.w(); e += threads) {
+      const I i = e / d.w(), c = e % d.w(), col = hd * d.w() + c;
+      st(out + (b * d.N + t0 + i) * d.D() + col, ld<T>(Y + at * TILE * d.w() + e) * d.wt[c] * inv[i] * silu(d.raw(b, t0 + i, 3 * d.D() + col)));
     }
   }
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0074
+# %% ../nbs/10_hardware.ipynb #c0078
 CUDA_ATTENTION_BACK = r'''
 template <class T, class M, int CW> struct GateBack { enum { PHASES = 4 }; AttnData<T, M, CW> d; const M *Y, *out, *dout; const T* r; M *dY, *dh; T* dwt;   // dwt: (block, d)
-  size_t room() const { return (TILE * d.d + TILE) * sizeof(T); }
+  size_t room() const { return (TILE * d.w() + TILE) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *x = (T*)mem, *mean = x + TILE * d.d; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
-    if (phase == 0) for (I e = t; e < n * d.d; e += threads) { const I o = (b * d.N + t0 + e / d.d) * d.D() + hd * d.d + e % d.d; x[e] = ld<T>(dout + o) * ld<T>(out + o); }
-    if (phase == 1) for (I i = t; i < n; i += threads) mean[i] = row_sum(x, d.d, i) / d.d;
-    if (phase == 2) for (I e = t; e < TILE * d.d; e += threads) {
-      const I i = e / d.d, c = e % d.d, col = hd * d.d + c, o = at * TILE * d.d + e; if (i >= n) { st(dY + o, T(0)); x[e] = 0; continue; }
+    T *x = (T*)mem, *mean = x + TILE * d.w(); I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
+    if (phase == 0) for (int e = t; e < n * d.w(); e += threads) { const I o = (b * d.N + t0 + e / d.w()) * d.D() + hd * d.w() + e % d.w(); x[e] = ld<T>(dout + o) * ld<T>(out + o); }
+    if (phase == 1) for (I i = t; i < n; i += threads) mean[i] = row_sum(x, d.w(), i) / d.w();
+    if (phase == 2) for (int e = t; e < TILE * d.w(); e += threads) {
+      const I i = e / d.w(), c = e % d.w(), col = hd * d.w() + c, o = at * TILE * d.w() + e; if (i >= n) { st(dY + o, T(0)); x[e] = 0; continue; }
       const I tok = b * d.N + t0 + i; const T inv = r[tok * d.H + hd], y = ld<T>(Y + o) * inv, g = ld<T>(dout + tok * d.D() + col), z = d.raw(b, t0 + i, 3 * d.D() + col), sg = sigmoid(z), si = z * sg;
       st(dh + tok * d.F + 3 * d.D() + col, g * y * d.wt[c] * (sg + si * (1 - sg))); st(dY + o, (g * d.wt[c] * si - y * mean[i]) * inv); x[e] = g * y * si;
     }
-    if (phase == 3) for (I c = t; c < d.d; c += threads) { T s = 0; for (I i = 0; i < TILE; i++) s += x[i * d.d + c]; dwt[at * d.d + c] = s; }
+    if (phase == 3) for (I c = t; c < d.w(); c += threads) { T s = 0; for (I i = 0; i < TILE; i++) s += x[i * d.w() + c]; dwt[at * d.w() + c] = s; }
   }
 };
 template <class T, class M, int CW> struct MaskBack { enum { PHASES = 2 }; AttnData<T, M, CW> d; const M* P; M* dP; T *dA, *da;   // P is masked; dP becomes dP E
   size_t room() const { return TILE * TILE * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
     T* x = (T*)mem; const I o = at * TILE;
-    if (phase == 0) for (I e = t; e < TILE * TILE; e += threads) {
+    if (phase == 0) for (int e = t; e < TILE * TILE; e += threads) {
       const I i = e / TILE, j = e % TILE; const T g = ld<T>(dP + o * TILE + e); x[e] = g * ld<T>(P + o * TILE + e);
       st(dP + o * TILE + e, j <= i && d.seg[o + i] == d.seg[o + j] ? g * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0));
     }
-    if (phase == 1) for (I i = t; i < TILE; i += threads) { dA[o + i] = row_sum(x, (I)TILE, i); T s = 0; for (I q = 0; q < TILE; q++) s += x[q * TILE + i]; da[o + i] = -s; }
+    if (phase == 1) for (I i = t; i < TILE; i += threads) { dA[o + i] = row_sum(x, (int)TILE, i); T s = 0; for (I q = 0; q < TILE; q++) s += x[q * TILE + i]; da[o + i] = -s; }
   }
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0075
+# %% ../nbs/10_hardware.ipynb #c0079
 CUDA_ATTENTION_BACK += r'''
 template <class T, class M, int CW> struct MixBack { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M *q, *k, *dq2, *dk2; M *dq, *dk; T *dA, *da, *dla; const T* sd;   // dq, dk hold the parts that come through the state
-  size_t room() const { return 2 * TILE * d.d * sizeof(T); }
+  size_t room() const { return 2 * TILE * d.w() * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *x = (T*)mem, *y = x + TILE * d.d; const I o = at * TILE; I b, hd, c, t0, n; d.where(at, b, hd, c, t0, n);
-    if (phase == 0) for (I e = t; e < TILE * d.d; e += threads) {
-      const I i = e / d.d, z = o * d.d + e; const T a = ld<T>(dq + z) * d.into[o + i], f = ld<T>(dk + z) * d.end[o + i];
+    T *x = (T*)mem, *y = x + TILE * d.w(); const I o = at * TILE; I b, hd, c, t0, n; d.where(at, b, hd, c, t0, n);
+    if (phase == 0) for (int e = t; e < TILE * d.w(); e += threads) {
+      const I i = e / d.w(), z = o * d.w() + e; const T a = ld<T>(dq + z) * d.into[o + i], f = ld<T>(dk + z) * d.end[o + i];
       x[e] = a * ld<T>(q + z); y[e] = f * ld<T>(k + z); st(dq + z, a + ld<T>(dq2 + z)); st(dk + z, f + ld<T>(dk2 + z));
     }
-    if (phase == 1) for (I i = t; i < TILE; i += threads) { const T e = row_sum(y, d.d, i); dA[o + i] += row_sum(x, d.d, i); da[o + i] -= e; y[i * d.d] = e; }
+    if (phase == 1) for (I i = t; i < TILE; i += threads) { const T e = row_sum(y, d.w(), i); dA[o + i] += row_sum(x, d.w(), i); da[o + i] -= e; y[i * d.w()] = e; }
     if (phase == 2 && t == 0) {                        // gradient of log|g_m|: all A_i with i >= m, all A_j - a_j with j > m
-      T all = d.decay[at] * sd[at], upto = 0, after = 0; for (I i = 0; i < TILE; i++) all += y[i * d.d];
+      T all = d.decay[at] * sd[at], upto = 0, after = 0; for (I i = 0; i < TILE; i++) all += y[i * d.w()];
       for (I i = TILE - 1; i >= 0; i--) { upto += dA[o + i] + (i == TILE - 1 ? all : T(0)); if (i < n) dla[(b * d.N + t0 + i) * d.H + hd] = upto + after; after += da[o + i]; }
     }
   }
 };
+'''
+
+# %% ../nbs/10_hardware.ipynb #c0081
+CUDA_ATTENTION_BACK += r'''
 template <class T, class M, int CW> struct PrepareBack { enum { PHASES = 5, HALO = TILE + CW - 1 }; AttnData<T, M, CW> d; const M *dq, *dk, *dv; M* dh; T* dtaps;   // dtaps: (b, chunk, CW, 3 D)
-  size_t room() const { return (2 * HALO * d.d + 2 * HALO) * sizeof(T); }
+  size_t room() const { return (2 * HALO * d.w() + 2 * HALO) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I block, int t, int threads) const {
-    T *x = (T*)mem, *g = x + HALO * d.d, *inv = g + HALO * d.d, *dot = inv + HALO; const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
-    const I rows = least(HALO, d.N - t0), col = p * d.D() + hd * d.d; const M* dx = p == 0 ? dq : p == 1 ? dk : dv;
-    if (phase == 0) for (I e = t; e < rows * d.d; e += threads) { x[e] = silu(d.conv(b, t0 + e / d.d, col + e % d.d)); g[e] = ld<T>(dx + at * TILE * d.d + e); }   // the next chunk follows in memory
+    T *x = (T*)mem, *g = x + HALO * d.w(), *inv = g + HALO * d.w(), *dot = inv + HALO; const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
+    const I rows = least(HALO, d.N - t0), col = p * d.D() + hd * d.w(); const M* dx = p == 0 ? dq : p == 1 ? dk : dv;
+    if (phase == 0) for (int e = t; e < rows * d.w(); e += threads) { x[e] = silu(d.conv(b, t0 + e / d.w(), col + e % d.w())); g[e] = ld<T>(dx + at * TILE * d.w() + e); }   // the next chunk follows in memory
     if (phase == 1 && p < 2) for (I i = t; i < rows; i += threads) {
-      T s = 0, m = 0; for (I c = 0; c < d.d; c++) { const I e = i * d.d + (c + i) % d.d; s += x[e] * x[e]; m += x[e] * g[e]; }
+      T s = 0, m = 0; int c = (int)i % d.w(); for (int q = 0; q < d.w(); q++) { const int e = (int)i * d.w() + c; s += x[e] * x[e]; m += x[e] * g[e]; if (++c == d.w()) c = 0; }
       s = bk_sqrt(s); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); dot[i] = m * inv[i];
     }
-    if (phase == 2) for (I e = t; e < rows * d.d; e += threads) {
-      const I i = e / d.d; const T a = d.conv(b, t0 + i, col + e % d.d), sg = sigmoid(a); T y = g[e]; if (p < 2) y = (y - x[e] * inv[i] * dot[i]) * inv[i];
+    if (phase == 2) for (int e = t; e < rows * d.w(); e += threads) {
+      const I i = e / d.w(); const T a = d.conv(b, t0 + i, col + e % d.w()), sg = sigmoid(a); T y = g[e]; if (p < 2) y = (y - x[e] * inv[i] * dot[i]) * inv[i];
       g[e] = y * (sg + a * sg * (1 - sg));
     }
-    if (phase == 3) for (I e = t; e < n * d.d; e += threads) {
-      const I i = e / d.d, c = col + e % d.d; T s = 0; for (int j = 0; j < CW; j++) if (i + j < rows && d.ok(b, t0 + i + j, j)) s += g[e + j * d.d] * d.taps[j * 3 * d.D() + c];
+    if (phase == 3) for (int e = t; e < n * d.w(); e += threads) {
+      const I i = e / d.w(), c = col + e % d.w(); T s = 0; for (int j = 0; j < CW; j++) if (i + j < rows && d.ok(b, t0 + i + j, j)) s += g[e + j * d.w()] * d.taps[j * 3 * d.D() + c];
       st(dh + (b * d.N + t0 + i) * d.F + c, s);
     }
-    if (phase == 4) for (I e = t; e < CW * d.d; e += threads) {
-      const int j = (int)(e / d.d); const I c = col + e % d.d; T s = 0; for (I i = 0; i < n; i++) if (d.ok(b, t0 + i, j)) s += g[i * d.d + e % d.d] * d.raw(b, t0 + i - j, c);
+    if (phase == 4) for (int e = t; e < CW * d.w(); e += threads) {
+      const int j = (int)(e / d.w()); const I c = col + e % d.w(); T s = 0; for (I i = 0; i < n; i++) if (d.ok(b, t0 + i, j)) s += g[i * d.w() + e % d.w()] * d.raw(b, t0 + i - j, c);
       dtaps[((b * d.chunks() + k) * CW + j) * 3 * d.D() + c] = s;
     }
   }
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0077
+# %% ../nbs/10_hardware.ipynb #c0083
 CUDA_ATTENTION_ENTRY = r'''
 // a: which, stream, B N H d F width type, pointer to eps, h and its strides, past cut taps la wt, A Ab into end decay seg, then the tensors of that kernel
 template <class T, class M, int CW> int attention(const I* a) {
   const I* q = a + 10; AttnData<T, M, CW> d = {a[2], a[3], a[4], a[5], a[6], (T) * (double*)a[9], (const M*)q[0], q[1], q[2], (const M*)q[3], (const uint8_t*)q[4], (const T*)q[5], (const T*)q[6], (const T*)q[7],
     (T*)q[8], (T*)q[9], (T*)q[10], (T*)q[11], (T*)q[12], (int*)q[13]};
-  const I* p = q + 14; void* s = (void*)a[1]; const I tiles = d.B * d.H * d.chunks(); if (!tiles || !d.d) return 0;
+  const I* p = q + 14; void* s = (void*)a[1]; const I tiles = d.B * d.H * d.chunks(); if (!tiles || !d.w()) return 0;
   switch (a[0]) {
     case 0: { int e = launch(Decay<T, M, CW>{d}, tiles, 64, s); return e ? e : launch_blocks(Prepare<T, M, CW>{d, (M*)p[0], (M*)p[1], (M*)p[2], (M*)p[3], (M*)p[4]}, 3 * tiles, 256, s); }
     case 1: return launch(Mask<T, M, CW>{d, (M*)p[0]}, tiles * TILE * TILE, 256, s);
-    case 2: return launch(States<T, M>{d.chunks(), d.d * d.d, (const M*)p[0], d.decay, (const T*)p[1], (T*)p[2], (T*)p[3], (M*)p[4], (int)p[5]}, d.B * d.H * d.d * d.d, 128, s);
+    case 2: return launch(States<T, M>{d.chunks(), d.w() * d.w(), (const M*)p[0], d.decay, (const T*)p[1], (T*)p[2], (T*)p[3], (M*)p[4], (int)p[5]}, d.B * d.H * d.w() * d.w(), 128, s);
     case 3: return launch_blocks(Finish<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2]}, tiles, 256, s);
     case 4: return launch_blocks(GateBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (const T*)p[3], (M*)p[4], (M*)p[5], (T*)p[6]}, tiles, 256, s);
     case 5: return launch_blocks(MaskBack<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2], (T*)p[3]}, tiles, 256, s);
@@ -906,11 +914,14 @@ template <class T, class M, int CW> int attention(const I* a) {
   }
 }
 extern "C" int bk_attention(const I* a) { return a[8] == 0 ? attention<float, float, 4>(a) : a[8] == 1 ? attention<double, double, 4>(a) : attention<float, bf16, 4>(a); }
+// the state alone, for resolvent_attention. a: stream, B·H, n, size, back, float64, then new, decay, S0, before, last
+template <class T> int states(const I* a) { return launch(States<T, T>{a[2], a[3], (const T*)a[6], (const T*)a[7], (const T*)a[8], (T*)a[9], (T*)a[10], nullptr, (int)a[4]}, a[1] * a[3], 128, (void*)a[0]); }
+extern "C" int bk_states(const I* a) { return a[5] ? states<double>(a) : states<float>(a); }
 '''
 ATTENTION_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
 ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
 
-# %% ../nbs/10_hardware.ipynb #c0079
+# %% ../nbs/10_hardware.ipynb #c0085
 class _Attend:
     "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
     def __init__(self, h, past, cut, taps, log_g, weight, eps):
@@ -939,7 +950,7 @@ def attention_forward(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
     a = _Attend(h, past, cut, taps, log_g, weight, eps); S, s = a.states(a.ke.mT @ a.v, S0, keep, end)
     a(3, a.values(s), out, r); return out, r, S if keep else None, end
 
-# %% ../nbs/10_hardware.ipynb #c0080
+# %% ../nbs/10_hardware.ipynb #c0086
 def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     "Its adjoint: gradients of h and log_g, and those of taps and weight in one row."
     B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); g = g.contiguous()
@@ -955,19 +966,42 @@ def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     dtaps = a.tile(B*n, 12*H*d, dtype=f); a(7, dq, dk, dv, dh, dtaps)
     return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps[:,:taps.numel()], dwt)]).to(taps.dtype)
 
-# %% ../nbs/10_hardware.ipynb #c0090
+# %% ../nbs/10_hardware.ipynb #c0088
+def _states(new, decay, S0, back):
+    B,H,n,dk,dv = new.shape; k, new, decay, S0 = ATTENTION_KERNELS[new.device.type], new.contiguous(), decay.contiguous(), None if S0 is None else S0.contiguous()
+    before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
+    if new.numel(): k.run('bk_states', [k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64, *(0 if t is None else t.data_ptr() for t in (new, decay, S0, before, last))], new.device)
+    return before, last
+
+class CarriedState(torch.autograd.Function):
+    "`S ← decay·S + new` over chunks: new (B, H, n, dk, dv), decay (B, H, n, 1, 1), first state or None → states before each chunk, last state. float32 or float64."
+    @staticmethod
+    def forward(ctx, new, decay, S0):
+        before, last = _states(new, decay, S0, 0); ctx.save_for_backward(before, decay); ctx.first = S0 is not None
+        return before, last
+    @staticmethod
+    def backward(ctx, g, g_last):
+        before, decay = ctx.saved_tensors; after, first = _states(g, decay, g_last, 1)
+        return after, (after*before).sum((-1,-2), keepdim=True), first if ctx.first else None
+
+# %% ../nbs/10_hardware.ipynb #c0099
 BACKENDS['cuda'] = CUDA
 
 def _registered(name, cpu, gpu): # the forward function that 02 calls, by device
     setattr(mixers, name, lambda h, *args, **kw: (gpu if h.is_cuda else cpu)(h, *args, **kw))
 
 _registered('_layer', mixers._layer, layer_forward); _registered('_attend', mixers._attend, attention_forward)
+
+def _carried(new, decay, state, plain=mixers._passed):
+    if new.dtype not in (torch.float32, torch.float64) or not _loads('attention'): return plain(new, decay, state)
+    return CarriedState.apply(new, decay, None if state is None else state.to(new))
+_registered('_passed', mixers._passed, _carried)
 layer_op.register_kernel('cuda')(lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3])
 layer_backward_op.register_kernel('cuda')(layer_backward)
 attention_op.register_kernel('cuda')(lambda h, cut, taps, log_g, weight, eps: attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3])
 attention_backward_op.register_kernel('cuda')(attention_backward)
 
-# %% ../nbs/10_hardware.ipynb #c0091
+# %% ../nbs/10_hardware.ipynb #c0100
 @torch.compiler.assume_constant_result
 def _loads(which): return (LAYER_KERNELS if which == 'layer' else ATTENTION_KERNELS)['cuda'].library.load() is not None
 
@@ -983,7 +1017,7 @@ def _can_fuse(self:BKMixer, h, state, return_state):
 def _can_fuse(self:BKAttention, h, state, return_state): # the tiles of heads 128 wide in float32 take 70 KiB of shared memory
     return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads*h.element_size() <= 512 and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
 
-# %% ../nbs/10_hardware.ipynb #c0094
+# %% ../nbs/10_hardware.ipynb #c0103
 def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
                      arch=(9,0), # compute capability
                     )->list:   # of dicts: kernel, registers, spilled and stack bytes per thread
@@ -993,7 +1027,7 @@ def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
     short = lambda n: re.sub(r'>$', '', re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))).replace(' ', '')
     return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
 
-# %% ../nbs/10_hardware.ipynb #c0101
+# %% ../nbs/10_hardware.ipynb #c0110
 class CUDAOptimizedBKCore(nn.Module):
     "The seeds' BK-Core: diagonal of `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`, as two features. CUDA kernels on a GPU, the C++ kernel elsewhere; always float32 (or float64 if v is)."
     def __init__(self,
@@ -1014,7 +1048,7 @@ class CUDAOptimizedBKCore(nn.Module):
             G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
         return torch.view_as_real(G[...,0])
 
-# %% ../nbs/10_hardware.ipynb #c0104
+# %% ../nbs/10_hardware.ipynb #c0113
 class MixedPrecisionTrainer:
     "The seeds' mixed precision training step, by `accelerate`: autocast, gradient scaling for fp16, clipping. Weights, E and η stay float32."
     def __init__(self,
@@ -1045,7 +1079,7 @@ class MixedPrecisionTrainer:
         self.optimizer.step()
         return loss.item()
 
-# %% ../nbs/10_hardware.ipynb #c0112
+# %% ../nbs/10_hardware.ipynb #c0121
 def _off_by(a, b): return max(((x.detach().cpu().double() - y.detach()).abs().max()/y.detach().abs().max().clamp_min(1e-30)).item() for x,y in zip(a, b) if y is not None and y.numel())
 
 def _op_values(op, c, backend):
@@ -1063,7 +1097,7 @@ def _op_case(op, N, seed=0): # float32 values, so that the reference sees the sa
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
-# %% ../nbs/10_hardware.ipynb #c0113
+# %% ../nbs/10_hardware.ipynb #c0122
 def _layer_values(kind, N, dev, seed=0):
     "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
     torch.manual_seed(seed); B = 2 if N < 2**14 else 1; m = BKMixer(4, potential='token', eta_min=.1) if kind == 'layer' else BKAttention(16, 1, eta_min=.05, eta_max=.1)
@@ -1095,7 +1129,7 @@ def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0118
+# %% ../nbs/10_hardware.ipynb #c0127
 def capture_step(model:nn.Module,
                  opt,         # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
                  x:Tensor, y:Tensor, # (B, N) tokens and targets: fixed memory, fill them before each replay
@@ -1116,7 +1150,7 @@ def capture_step(model:nn.Module,
     with torch.cuda.graph(graph): loss = step()
     return graph.replay, loss
 
-# %% ../nbs/10_hardware.ipynb #c0122
+# %% ../nbs/10_hardware.ipynb #c0131
 def _ms(f, dev, rounds=10):
     "Median milliseconds of `f`, after two runs to warm up."
     for _ in range(2): f()
@@ -1149,7 +1183,7 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
         kernels.chunks = None
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0123
+# %% ../nbs/10_hardware.ipynb #c0132
 def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
     "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
     from resnet_bk.benchmarks import _SDPA
@@ -1180,7 +1214,7 @@ def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(
         rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0125
+# %% ../nbs/10_hardware.ipynb #c0134
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
     "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
     from resnet_bk.model import ModelConfig, ResNetBK
@@ -1201,7 +1235,7 @@ def gpu_benchmark():
     rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
     print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
 
-# %% ../nbs/10_hardware.ipynb #c0129
+# %% ../nbs/10_hardware.ipynb #c0138
 def main(argv=None)->int: # exit code
     "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
     import argparse
@@ -1216,6 +1250,6 @@ def main(argv=None)->int: # exit code
     except ValueError as e: print(e, file=sys.stderr); return 1
     print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5"); return int(not top['error'] <= 1e-5)
 
-# %% ../nbs/10_hardware.ipynb #c0131
+# %% ../nbs/10_hardware.ipynb #c0140
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

@@ -620,9 +620,13 @@ def _carry(y, q, k, v, a, A, cuts, state):
         end, into = end.masked_fill(cuts != cuts[...,-1:], -math.inf), into.masked_fill(cuts > 0, -math.inf)
     new = (k*end.exp()[...,None]).mT @ v                         # (B, H, n, dk, dv)
     decay = into[...,-1].exp()[...,None,None]
+    before, S = _passed(new, decay, state)
+    return y + (q*into.exp()[...,None]) @ before, S
+
+def _passed(new, decay, state): # the states before each chunk, and the last
     S, before = torch.zeros_like(new[:,:,0]) if state is None else state.to(new), []
     for new_c, decay_c in zip(new.unbind(2), decay.unbind(2)): before.append(S); S = torch.addcmul(new_c, decay_c, S)
-    return y + (q*into.exp()[...,None]) @ torch.stack(before, 2), S
+    return torch.stack(before, 2), S
 
 # %% ../nbs/02_mixers.ipynb #c0064
 class BKAttention(nn.Module):

@@ -1,6 +1,6 @@
 "The CUDA sources compile for the architectures we name, GPU or not; and the command line of the check."
 import ctypes, subprocess, sys
-import pytest
+import pytest, torch
 from resnet_bk import hardware
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
@@ -8,7 +8,10 @@ from resnet_bk import hardware
 def test_nvcc(name, symbol, tmp_path):
     said = hardware.compile_cuda(getattr(hardware, name), tmp_path/'k.so', ((8, 0), (9, 0)))
     assert 'warning' not in said
-    assert hasattr(ctypes.CDLL(str(tmp_path/'k.so')), symbol)
+    lib = ctypes.CDLL(str(tmp_path/'k.so')); lib.bk_error.restype = ctypes.c_char_p
+    assert hasattr(lib, symbol)
+    if not torch.cuda.is_available():                       # the library loads and answers: there is no device
+        e = lib.bk_device((ctypes.c_int64*1)(0)); assert e and b'no error' not in lib.bk_error(e)
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
 def test_nvcc_says_what_is_wrong(tmp_path):
