@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'CPP_DECODE', 'DECODE', 'PACK', 'PLACES', 'SideBySide', 'ModelConfig', 'MLP', 'ResNetBKBlock', 'ResNetBK',
-           'init_unigram', 'step', 'sample', 'generate', 'Decoder', 'check_next_token']
+           'init_unigram', 'step', 'sample', 'generate', 'CannotDecode', 'Decoder', 'check_next_token']
 
 # %% ../nbs/04_model.ipynb #c0003
-import ctypes, math, numpy as np, torch
+import ctypes, math, time, numpy as np, torch
 from dataclasses import dataclass, field, asdict
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from fastcore.basics import patch
 from huggingface_hub import PyTorchModelHubMixin
 from .bk_core import CppLibrary, CPP_LANES
 from .mixers import BKMixer, BKAttention, ShortConv, Spectrum, CPP_MATH
@@ -153,6 +154,10 @@ def step(self:ResNetBK,
 ResNetBK.step = step
 
 # %% ../nbs/04_model.ipynb #c0027
+def _check_sampling(temperature, top_k, top_p):
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f'want temperature ≥ 0, top_k ≥ 1, 0 < top_p ≤ 1; got {temperature}, {top_k}, {top_p}')
+
 def sample(logits:Tensor,       # (B, vocab)
     temperature:float=1.,       # 0 = the most likely token
     top_k:int=None,             # keep the k most likely
@@ -160,8 +165,7 @@ def sample(logits:Tensor,       # (B, vocab)
     generator=None,
 )->Tensor:                      # (B,) tokens
     "Draw the next tokens. `ValueError` for arguments outside their range."
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f'want temperature ≥ 0, top_k ≥ 1, 0 < top_p ≤ 1; got {temperature}, {top_k}, {top_p}')
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0: return logits.argmax(-1)
     p = (logits/temperature).softmax(-1)
     if top_k is not None: p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1])).values[...,-1:], 0)
@@ -186,28 +190,24 @@ def generate(self:ResNetBK,
 
 @torch.inference_mode()
 def _stream(model, prompt, n, temperature, top_k, top_p, seed):
-    was, g = model.training, None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
-    model.eval()
+    was = model.training; model.eval()
     try:
         logits, state = model(prompt, return_state=True)
-        yield from _draw(logits[:,-1], lambda: model._stepper(state), n, temperature, top_k, top_p, g)
+        yield from model._continue(logits[:,-1], state, n, temperature, top_k, top_p, seed)
     finally: model.train(was)
 
-def _draw(logits, make_step, n, temperature, top_k, top_p, g): # sample, step, sample, ...; the stepper is made when the second token is wanted
+def _continue(self, logits, state, n, temperature, top_k, top_p, seed): # layer by layer; below, in one call where that can be done
+    g = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
     for i in range(n):
         token = sample(logits, temperature, top_k, top_p, g)
         yield token
-        if i == 0 and n > 1: step = make_step()
-        if i < n-1: logits = step(token)
-
-def _plain_stepper(self, state): # token -> logits, layer by layer
-    def step(token): nonlocal state; logits, state = self.step(token, state); return logits
-    return step
-ResNetBK._stepper = _plain_stepper                      # until the kernel is there
+        if i < n-1: logits, state = self.step(token, state)
+ResNetBK._continue = _continue
 ResNetBK.generate = generate
 
 # %% ../nbs/04_model.ipynb #c0032
 CPP_DECODE = r'''
+#include <functional>
 enum { STEP = 16, PANEL = 64, ADD = 1, GELU = 2 };    // widths are multiples of STEP floats; weight rows are packed PANEL side by side
 typedef Lanes<float>::V V;
 static float hsum(V x) { float r = 0; for (int i = 0; i < Lanes<float>::W; i++) r += x[i]; return r; }
@@ -352,9 +352,39 @@ extern "C" int bk_decode(const I* a) {                // B threads own0 ldown n_
   d.threads = 1; d.run(prog, a[4], 0); return 0;
 }
 '''
-DECODE = CppLibrary('bk_decode', CPP_LANES + CPP_MATH + CPP_DECODE)
 
 # %% ../nbs/04_model.ipynb #c0043
+CPP_DECODE += r'''
+static double uniform(uint64_t& r) { uint64_t z = (r += 0x9E3779B97F4A7C15u); z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u; z = (z ^ (z >> 27)) * 0x94D049BB133111EBu; return ((z ^ (z >> 31)) >> 11) * 0x1p-53; }
+static I draw(const float* l, I n, double temperature, I k, double top_p, uint64_t& r) {
+  I best = std::max_element(l, l + n) - l; if (temperature == 0) return best;
+  std::vector<double> p(n), q; double total = 0; const float b = 1 / temperature, top = l[best];
+  for (I i = 0; i < n; i++) total += p[i] = std::exp((l[i] - top) * b);
+  if (!std::isfinite(total)) return -1;
+  if (k > 0 && k < n) {
+    q = p; std::nth_element(q.begin(), q.begin() + k - 1, q.end(), std::greater<double>()); const double least = q[k - 1]; total = 0;
+    for (auto& e : p) total += e = e < least ? 0 : e;
+  }
+  if (top_p < 1) {
+    std::vector<I> heap(n); for (I i = 0; i < n; i++) heap[i] = i;
+    auto less = [&](I i, I j) { return p[i] < p[j] || (p[i] == p[j] && i > j); }; std::make_heap(heap.begin(), heap.end(), less);
+    q.assign(n, 0); double kept = 0; for (auto end = heap.end(); kept < top_p * total && end != heap.begin(); end--) { I i = heap[0]; kept += q[i] = p[i]; std::pop_heap(heap.begin(), end, less); }
+    p.swap(q); total = kept;
+  }
+  double u = uniform(r) * total; I last = best;
+  for (I i = 0; i < n; i++) if (p[i] > 0) { last = i; if ((u -= p[i]) < 0) break; }
+  return last;
+}
+extern "C" int bk_draw(const I* a) {                  // B vocab ld top_k, pointers to logits, tokens, temperature and top_p, random state; 1 = logits not finite
+  for (I b = 0; b < a[0]; b++) if ((((I*)a[5])[b] = draw((const float*)a[4] + b * a[2], a[1], ((double*)a[6])[0], a[3], ((double*)a[6])[1], *(uint64_t*)a[7])) < 0) return 1;
+  return 0;
+}
+'''
+DECODE = CppLibrary('bk_decode', CPP_LANES + CPP_MATH + CPP_DECODE)
+
+# %% ../nbs/04_model.ipynb #c0045
+class CannotDecode(ValueError): "A model that `Decoder` does not know; `model.step` does."
+
 def _up(n): return -(-n//16)*16
 def _wide(x, dim=-1): # pad one dimension with zeros to a multiple of 16
     n = x.shape[dim]; return F.pad(x, (0, 0)*(x.ndim-1 - dim % x.ndim) + (0, _up(n) - n))
@@ -369,7 +399,7 @@ class _Slot:
     def get(self, buf, B): v = self.view(buf, B).clone(memory_format=torch.contiguous_format); return torch.view_as_complex(v).reshape(B, *self.shape) if self.is_complex else v.reshape(B, *self.shape)
     def set(self, buf, B, x): v = self.view(buf, B); v.copy_((torch.view_as_real(x) if self.is_complex else x).reshape(v.shape))
 
-# %% ../nbs/04_model.ipynb #c0044
+# %% ../nbs/04_model.ipynb #c0046
 class _Program:
     "Weights, work space, state and operations of one model, as `CPP_DECODE` wants them."
     def __init__(self): self.weights, self.n_weights, self.work, self.state, self.own, self.ops, self.peak = [], 0, 0, 0, 0, [], 0
@@ -380,20 +410,24 @@ class _Program:
     def slot(self, padded, true, shape=None, is_complex=False): self.state += math.prod(padded); return _Slot(self.state - math.prod(padded), padded, true, shape or true, is_complex)
     def op(self, code, *args): self.ops.append([code, *args])
 
-    def norm(self, m, x, width, at): _want(m, nn.RMSNorm); self.mine(at + width); self.op(1, x, at, self.put(_wide(m.weight)), m.weight.numel(), width, self.put([m.eps])); return at
+    def norm(self, m, x, width, at): # of the residual stream, into the thread's own memory
+        _want(m, nn.RMSNorm); self.mine(at + width); self.op(1, x, at, self.put(_wide(m.weight)), m.weight.numel(), width, self.put([m.eps])); return at
     def matvec(self, weight, x, own, k_in, out=None, bias=None, then=0): # weight (n, k) with n a multiple of 16
         n, k = weight.shape; out = self.room(n) if out is None else out
         self.op(2, x, own, k_in, k, out, n, n, self.put(torch.cat([p.T.reshape(-1) for p in weight.split(64)])), -1 if bias is None else self.put(_wide(bias)), then); return out
 
-def _want(m, *kinds):
-    if type(m) not in kinds: raise ValueError(f'Decoder does not know what to do with {type(m).__name__} where {" or ".join(k.__name__ for k in kinds)} is usual')
+def _want(m, *kinds): # the exact type
+    if type(m) not in kinds: raise CannotDecode(f'Decoder does not know what to do with {type(m).__name__} where {" or ".join(k.__name__ for k in kinds)} is usual')
+def _sized(**weights): # name = (weight, shape)
+    for name,(w,shape) in weights.items():
+        if w is None or tuple(w.shape) != shape: raise CannotDecode(f'{name} has shape {None if w is None else tuple(w.shape)}, not {shape}')
 
-# %% ../nbs/04_model.ipynb #c0046
+# %% ../nbs/04_model.ipynb #c0048
 PACK = {}   # module type -> function(program, module, x: place of the residual stream, xn: of the normalised input, D)
 
 def _pack_mixer(p, m, x, xn, D):
-    if m.kind != 'resolvent' or not m.causal: raise ValueError("only a causal BKMixer of kind 'resolvent' can be decoded")
-    C, n, f, width = m.channels, m.n_in, m.features, 0 if m.conv is None else m.conv.width; Cp, rows = _up(C), max(width - 1, 0)
+    if m.kind != 'resolvent' or not m.causal: raise CannotDecode("only a causal BKMixer of kind 'resolvent' can be decoded")
+    C, n, f, width = m.channels, m.n_in, m.features, 0 if m.conv is None else m.conv.width; _sized(in_proj=(m.in_proj.weight, ((n+1)*C, D)), out_proj=(m.out_proj.weight, (D, f*C)), norm=(m.norm.weight, (f*C,))); Cp, rows = _up(C), max(width - 1, 0)
     cols = lambda w: _wide(w.unflatten(-1, (-1, C)))                                                # each of u, w, v padded
     h, y = p.matvec(_wide(m.in_proj.weight.unflatten(0, (n+1, C)), 1).flatten(0, 1), xn, 1, _up(D)), p.room(f*Cp)
     tail, g, z = p.slot((rows, n, Cp), (rows, n, C), (rows, n*C)), *(p.slot((Cp, 2), (C, 2), (C,), True) for _ in range(2))
@@ -405,10 +439,10 @@ def _pack_mixer(p, m, x, xn, D):
     return (None if m.conv is None else tail), (g, z)
 PACK[BKMixer] = _pack_mixer
 
-# %% ../nbs/04_model.ipynb #c0047
+# %% ../nbs/04_model.ipynb #c0049
 def _pack_attention(p, m, x, xn, D):
-    if m.phase: raise ValueError('BKAttention with phase=True has no state')
-    H, d, width = m.n_heads, D//m.n_heads, 0 if m.conv is None else m.conv.width; dp, rows = _up(d), max(width - 1, 0)
+    if m.phase: raise CannotDecode('BKAttention with phase=True has no state')
+    H, d, width = m.n_heads, D//m.n_heads, 0 if m.conv is None else m.conv.width; _sized(in_proj=(m.in_proj.weight, (4*D, D)), out_proj=(m.out_proj.weight, (D, D)), norm=(m.norm.weight, (d,))); dp, rows = _up(d), max(width - 1, 0)
     heads = _wide(m.in_proj.weight.view(4, H, d, D), 2).flatten(0, 2)
     h, y = p.matvec(torch.cat([heads, _wide(m.absorb_proj.weight, 0)]), xn, 1, _up(D)), p.room(H*dp)
     tail, g, S = p.slot((rows, 3, H, dp), (rows, 3, H, d), (rows, 3*D)), p.slot((H, 2), (H, 2), (H,), True), None
@@ -424,40 +458,41 @@ def _pack_both(p, m, x, xn, D):
 PACK[SideBySide] = _pack_both
 
 def _pack_mlp(p, m, x, xn, D):
-    _want(m[1], nn.GELU)
-    if m[1].approximate != 'none': raise ValueError('only the exact GELU is known')
+    if [type(q) for q in m] != [nn.Linear, nn.GELU, nn.Linear] or m[1].approximate != 'none': raise CannotDecode('only Linear, exact GELU, Linear is known')
+    n = len(m[0].weight); _sized(up=(m[0].weight, (n, D)), down=(m[2].weight, (D, n)))
     h = p.matvec(_wide(m[0].weight, 0), xn, 1, _up(D), then=2)
-    p.matvec(_wide(_wide(m[2].weight), 0), h, 0, _up(len(m[0].weight)), x, then=1)
+    p.matvec(_wide(_wide(m[2].weight), 0), h, 0, _up(n), x, then=1)
 PACK[MLP] = _pack_mlp
 
 def _pack(p, m, *args): _want(m, *PACK); return PACK[type(m)](p, m, *args)
 
-# %% ../nbs/04_model.ipynb #c0049
+# %% ../nbs/04_model.ipynb #c0051
 def _check_known(model):
     for name,m in model.named_modules():
         if type(m) not in (ResNetBKBlock, nn.Embedding, nn.Linear, nn.RMSNorm, nn.Dropout, nn.GELU, nn.ModuleList, ShortConv, Spectrum, *PACK) and (m is not model or type(m).forward is not ResNetBK.forward or type(m).step is not ResNetBK.step):
-            raise ValueError(f'Decoder does not know {type(m).__name__} ({name or "the model"})')
+            raise CannotDecode(f'Decoder does not know {type(m).__name__} ({name or "the model"})')
         if m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) or getattr(m, 'bias', None) is not None and m is not model or getattr(m, 'max_norm', None) is not None:
-            raise ValueError(f'Decoder does not know hooks, biases or a patched forward ({name or "the model"})')
+            raise CannotDecode(f'Decoder does not know hooks, biases or a patched forward ({name or "the model"})')
     for name,q in model.named_parameters():
-        if q.device.type != 'cpu' or q.dtype != torch.float32: raise ValueError(f'Decoder wants float32 on the CPU; {name} is {q.dtype} on {q.device}')
-    if not model.config.causal: raise ValueError('a bidirectional model (causal=False) cannot decode token by token')
-    if torch.is_autocast_enabled('cpu'): raise ValueError('Decoder computes in float32, not under autocast')
-    if DECODE.load() is None: raise ValueError('Decoder needs a C++ compiler')
+        if q.device.type != 'cpu' or q.dtype != torch.float32: raise CannotDecode(f'Decoder wants float32 on the CPU; {name} is {q.dtype} on {q.device}')
+    if not model.config.causal: raise CannotDecode('a bidirectional model (causal=False) cannot decode token by token')
+    if torch.is_autocast_enabled('cpu'): raise CannotDecode('Decoder computes in float32, not under autocast')
+    if DECODE.load() is None: raise CannotDecode('Decoder needs a C++ compiler')
 
 def _write(model):
     "The program of a whole model, and the slots of its state."
-    _check_known(model); p, D, slots = _Program(), model.config.d_model, []; V, Dp = model.config.vocab_size, _up(D); x = p.room(Dp)
+    _check_known(model); p, D, slots = _Program(), model.config.d_model, []; V, Dp = model.config.vocab_size, _up(D); p.vocab = V; x = p.room(Dp)
+    _sized(embed=(model.embed.weight, (V, D)), bias=(model.bias, (V,)), norm=(model.norm.weight, (D,)), **({} if model.head is None else dict(head=(model.head.weight, (V, D)))))
     p.op(0, p.put(_wide(model.embed.weight)), x, D, Dp, V, p.put([torch.finfo(torch.float32).eps]) if model.head is None else -1)
     for b in model.blocks:
-        _want(b, ResNetBKBlock); start = p.work
+        _want(b, ResNetBKBlock); _sized(norm1=(b.norm1.weight, (D,))); start = p.work
         slots.append(_pack(p, b.mixer, x, p.norm(b.norm1, x, Dp, 0), D))
         if b.ffn is not None: _pack(p, b.ffn, x, p.norm(b.norm2, x, Dp, 0), D)
         p.work = start                                                                                  # the next block uses the same room
     logits = p.matvec(_wide((model.embed if model.head is None else model.head).weight, 0), p.norm(model.norm, x, Dp, 0), 1, Dp, bias=model.bias)
     return p, slots, logits
 
-# %% ../nbs/04_model.ipynb #c0050
+# %% ../nbs/04_model.ipynb #c0052
 def _each(slots, *rest): # (slot, value, ...) of a nest of slots and values of the same form
     if isinstance(slots, _Slot): yield slots, *rest
     elif slots is not None:
@@ -467,49 +502,88 @@ def _nest(slots, f): return f(slots) if isinstance(slots, _Slot) else None if sl
 PLACES = {0: (2,), 1: (1, 2), 2: (1, 5), 3: (1, 3, 12, 13, 14), 4: (1, 3, 5), 5: (1, 3, 5, 10, 11, 12)}     # operands that lie in work space or state, by operation
 
 class Decoder:
-    """One token at a time through a whole causal float32 `ResNetBK` on the CPU, in one C++ call; the logits are those of `model.step`. `ValueError` says why if the model cannot be decoded so.
+    """One token at a time through a whole causal float32 `ResNetBK` on the CPU, in one C++ call; the logits are those of `model.step`. `CannotDecode` says why if it cannot be done for this model.
 
     The weights are copied: make a new one after the model has changed. No gradients; dropout is off."""
     def __init__(self,
         model:ResNetBK,     # every module of a type that `PACK` knows
-        state=None,         # what `return_state` or `step` gave; None = the start
+        state=None,         # what `return_state` or `step` gave, copied; None = the start
         batch:int=None,     # sequences side by side, if there is no state
-        threads:int=None,   # None: as many as pay
+        threads:int=None,   # None: one for small models; for others what is faster in the first steps
     ):
-        with torch.inference_mode(False), torch.no_grad(): self._build(model, state, batch, threads)
+        with torch.inference_mode(False), torch.no_grad(): p, self._slots, logits = _write(model); self.weights = torch.cat(p.weights)
+        with torch.inference_mode(False): self._place(p, logits, batch or (1 if state is None else next(len(v) for _,v in _each(self._slots, state))), threads or torch.get_num_threads())
+        self.vocab, self._trials = model.config.vocab_size, [] if threads is None and self.threads > 1 and len(self.weights) > 1 << 21 else None
+        if threads is None: self._use(1)
         if state is not None: self.set_state(state)
 
-    def _build(self, model, state, batch, threads):
-        p, self._slots, logits = _write(model)
-        self.vocab, self.weights = model.config.vocab_size, torch.cat(p.weights)
-        B = self.batch = batch or (1 if state is None else next(len(v) for _,v in _each(self._slots, state)))
-        self.threads = threads or _threads(self.weights.numel())
-        self.ops = torch.tensor([[q*B if i in PLACES[o[0]] else q for i,q in enumerate(o)] + [0]*(24-len(o)) for o in p.ops])
-        own = 16*B*(-(-p.own//16)) + 64
-        self.state, self._work, self._token = torch.zeros(p.state*B), torch.zeros(p.peak*B + self.threads*own), torch.zeros(B, dtype=torch.int64)
-        self._out = self._work[logits*B:][:B*_up(self.vocab)].view(B, -1)[:,:self.vocab]
-        args = [B, self.threads, p.peak*B, own, len(p.ops), *(t.data_ptr() for t in (self.ops, self.weights, self.state, self._work, self._token))]
+    def _place(self, p, logits, B, threads): # memory, and the arguments of the call
+        self.batch, self.threads, own = B, threads, 16*B*(-(-p.own//16)) + 64
+        self._ops = torch.tensor([[q*B if i in PLACES[o[0]] else q for i,q in enumerate(o)] + [0]*(24-len(o)) for o in p.ops])
+        self.state, self._work, self._token = torch.zeros(p.state*B), torch.zeros(p.peak*B + threads*own), torch.zeros(B, dtype=torch.int64)
+        self._padded = self._work[logits*B:][:B*_up(p.vocab)].view(B, _up(p.vocab)); self._logits = self._padded[:,:p.vocab]
+        args = [B, threads, p.peak*B, own, len(p.ops), *(t.data_ptr() for t in (self._ops, self.weights, self.state, self._work, self._token))]
         self._args, self._run = (ctypes.c_int64*len(args))(*args), DECODE.load().bk_decode
 
+    def _use(self, threads): self.threads = self._args[1] = threads
     def set_state(self, state): # in the model's own form, copied
         for slot,v in _each(self._slots, state): slot.set(self.state, self.batch, v)
     def get_state(self): # a copy, for `model.step` or another Decoder
         return _nest(self._slots, lambda s: s.get(self.state, self.batch))
 
-# %% ../nbs/04_model.ipynb #c0051
-def _threads(n_weights): return 1
-
-def _decoder_step(self:Decoder,
+# %% ../nbs/04_model.ipynb #c0054
+@patch
+def step(self:Decoder,
     token:Tensor,   # (B,) the newest tokens
 )->Tensor:          # (B, vocab) logits
     "One token in, the next logits out; the state moves on inside."
     if token.shape != (self.batch,) or token.is_floating_point(): raise ValueError(f'want ({self.batch},) integer token ids; got {token.dtype} {tuple(token.shape)}')
-    self._token.copy_(token)
-    if self._run(self._args): raise IndexError(f'token ids must lie in 0 … {self.vocab-1}; got {token.tolist()}')
-    return self._out.clone()
-Decoder.step = _decoder_step
+    self._token.copy_(token); self._step()
+    return self._logits.clone()
+
+@patch
+def _step(self:Decoder): # from self._token to self._logits
+    t = time.perf_counter() if self._trials is not None else 0
+    if self._run(self._args): raise IndexError(f'token ids must lie in 0 … {self.vocab-1}; got {self._token.tolist()}')
+    if self._trials is not None: self._trial(time.perf_counter() - t)
+
+@patch
+def _trial(self:Decoder, t): # three steps with one thread, three with all; a hopeless one ends it
+    ts = self._trials; ts.append(t)
+    if len(ts) == 3: self._use(torch.get_num_threads())
+    elif len(ts) == 6 or (len(ts) > 3 and t > 10*min(ts[:3])): self._use(self.threads if min(ts[3:]) < .8*min(ts[:3]) else 1); self._trials = None
 
 # %% ../nbs/04_model.ipynb #c0055
+def _sampler(logits, token, temperature, top_k, top_p, seed):
+    "A function that draws from the float32 `logits` (B, vocab) as they are in memory, into `token` (B,)."
+    _check_sampling(temperature, top_k, top_p)
+    num, rng = (ctypes.c_double*2)(temperature, 1. if top_p is None else top_p), ctypes.c_uint64((int(torch.randint(2**62, ())) if seed is None else seed) % 2**64)
+    args = (ctypes.c_int64*8)(*logits.shape, logits.stride(0), top_k or 0, logits.data_ptr(), token.data_ptr(), ctypes.addressof(num), ctypes.addressof(rng)); run = DECODE.load().bk_draw
+    def draw(keep=(num, rng, logits, token)): # what C reads must live as long as this
+        if run(args): raise RuntimeError('cannot sample from logits that are not finite')
+    return draw
+
+@patch
+def generate(self:Decoder,
+    n:int=100,            # how many
+    temperature:float=1., top_k:int=None, top_p:float=None,
+    seed:int=None,        # the same seed gives the same tokens
+    logits:Tensor=None,   # (B, vocab) to draw the first token from; None = those of the last step
+):                        # iterator of (B,) tokens
+    "Sample and step, as `sample` and `model.step` do, from a random stream of its own."
+    if logits is not None: self._logits.copy_(logits)
+    draw = _sampler(self._logits, self._token, temperature, top_k, top_p, seed)
+    for i in range(n):
+        draw(); yield self._token.clone()
+        if i < n-1: self._step()
+
+def _continue_in_one_call(self, logits, state, n, *how): # for ResNetBK.generate
+    try: d = Decoder(self, state)
+    except CannotDecode: return _continue(self, logits, state, n, *how)
+    return d.generate(n, *how, logits=logits)
+ResNetBK._continue = _continue_in_one_call
+
+# %% ../nbs/04_model.ipynb #c0069
 def check_next_token(self:ResNetBK):
     "`ValueError` if this model sees the token it would be trained to predict; the training loop asks."
     if not self.config.causal and not self.config.allow_leak:
