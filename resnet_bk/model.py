@@ -358,7 +358,7 @@ CPP_DECODE += r'''
 static double uniform(uint64_t& r) { uint64_t z = (r += 0x9E3779B97F4A7C15u); z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u; z = (z ^ (z >> 27)) * 0x94D049BB133111EBu; return ((z ^ (z >> 31)) >> 11) * 0x1p-53; }
 static I draw(const float* l, I n, double temperature, I k, double top_p, uint64_t& r) {
   I best = std::max_element(l, l + n) - l; if (temperature == 0) return best;
-  std::vector<double> p(n), q; double total = 0; const float b = 1 / temperature, top = l[best];
+  std::vector<double> p(n), q; double total = 0; const float b = std::min(1 / temperature, 1e30), top = l[best];
   for (I i = 0; i < n; i++) total += p[i] = std::exp((l[i] - top) * b);
   if (!std::isfinite(total)) return -1;
   if (k > 0 && k < n) {
@@ -387,7 +387,7 @@ class CannotDecode(ValueError): "A model that `Decoder` does not know; `model.st
 
 def _up(n): return -(-n//16)*16
 def _wide(x, dim=-1): # pad one dimension with zeros to a multiple of 16
-    n = x.shape[dim]; return F.pad(x, (0, 0)*(x.ndim-1 - dim % x.ndim) + (0, _up(n) - n))
+    n = x.shape[dim]; return x if n % 16 == 0 else F.pad(x, (0, 0)*(x.ndim-1 - dim % x.ndim) + (0, _up(n) - n))
 
 @dataclass
 class _Slot:
@@ -413,8 +413,9 @@ class _Program:
     def norm(self, m, x, width, at): # of the residual stream, into the thread's own memory
         _want(m, nn.RMSNorm); self.mine(at + width); self.op(1, x, at, self.put(_wide(m.weight)), m.weight.numel(), width, self.put([m.eps])); return at
     def matvec(self, weight, x, own, k_in, out=None, bias=None, then=0): # weight (n, k) with n a multiple of 16
-        n, k = weight.shape; out = self.room(n) if out is None else out
-        self.op(2, x, own, k_in, k, out, n, n, self.put(torch.cat([p.T.reshape(-1) for p in weight.split(64)])), -1 if bias is None else self.put(_wide(bias)), then); return out
+        n, k = weight.shape; full = n//64*64; out = self.room(n) if out is None else out
+        panels = torch.cat([weight[:full].reshape(-1, 64, k).mT.reshape(-1), weight[full:].T.reshape(-1)])
+        self.op(2, x, own, k_in, k, out, n, n, self.put(panels), -1 if bias is None else self.put(_wide(bias)), then); return out
 
 def _want(m, *kinds): # the exact type
     if type(m) not in kinds: raise CannotDecode(f'Decoder does not know what to do with {type(m).__name__} where {" or ".join(k.__name__ for k in kinds)} is usual')
@@ -496,7 +497,7 @@ def _write(model):
 def _each(slots, *rest): # (slot, value, ...) of a nest of slots and values of the same form
     if isinstance(slots, _Slot): yield slots, *rest
     elif slots is not None:
-        for t in zip(slots, *rest): yield from _each(*t)
+        for t in zip(slots, *rest, strict=True): yield from _each(*t)
 def _nest(slots, f): return f(slots) if isinstance(slots, _Slot) else None if slots is None else type(slots)(_nest(s, f) for s in slots)
 
 PLACES = {0: (2,), 1: (1, 2), 2: (1, 5), 3: (1, 3, 12, 13, 14), 4: (1, 3, 5), 5: (1, 3, 5, 10, 11, 12)}     # operands that lie in work space or state, by operation
@@ -518,7 +519,7 @@ class Decoder:
         if state is not None: self.set_state(state)
 
     def _place(self, p, logits, B, threads): # memory, and the arguments of the call
-        self.batch, self.threads, own = B, threads, 16*B*(-(-p.own//16)) + 64
+        self.batch, self.threads, self._most, own = B, threads, threads, 16*B*(-(-p.own//16)) + 64
         self._ops = torch.tensor([[q*B if i in PLACES[o[0]] else q for i,q in enumerate(o)] + [0]*(24-len(o)) for o in p.ops])
         self.state, self._work, self._token = torch.zeros(p.state*B), torch.zeros(p.peak*B + threads*own), torch.zeros(B, dtype=torch.int64)
         self._padded = self._work[logits*B:][:B*_up(p.vocab)].view(B, _up(p.vocab)); self._logits = self._padded[:,:p.vocab]
@@ -550,7 +551,7 @@ def _step(self:Decoder): # from self._token to self._logits
 @patch
 def _trial(self:Decoder, t): # three steps with one thread, three with all; a hopeless one ends it
     ts = self._trials; ts.append(t)
-    if len(ts) == 3: self._use(torch.get_num_threads())
+    if len(ts) == 3: self._use(self._most)
     elif len(ts) == 6 or (len(ts) > 3 and t > 10*min(ts[:3])): self._use(self.threads if min(ts[3:]) < .8*min(ts[:3]) else 1); self._trials = None
 
 # %% ../nbs/04_model.ipynb #c0055
@@ -583,7 +584,7 @@ def _continue_in_one_call(self, logits, state, n, *how): # for ResNetBK.generate
     return d.generate(n, *how, logits=logits)
 ResNetBK._continue = _continue_in_one_call
 
-# %% ../nbs/04_model.ipynb #c0069
+# %% ../nbs/04_model.ipynb #c0074
 def check_next_token(self:ResNetBK):
     "`ValueError` if this model sees the token it would be trained to predict; the training loop asks."
     if not self.config.causal and not self.config.allow_leak:
