@@ -182,7 +182,7 @@ def generate(self:ResNetBK,
     seed:int=None,            # the same seed gives the same text
     stream:bool=False,        # True: an iterator of (B,) tokens as they come
 ):                            # (B, N + n) tokens, or the iterator
-    "Continue `prompt`. The prompt is read once; then every token costs the same."
+    "Continue `prompt`. The prompt is read once; then every token costs the same: one call of a `Decoder` where it knows every module, else one `step`. (The two draw different random numbers for a seed.)"
     if prompt.ndim != 2 or prompt.shape[1] < 1: raise ValueError(f'prompt must be (B, N) tokens with N ≥ 1; got {tuple(prompt.shape)}')
     if not self.config.causal: raise ValueError('a bidirectional model (causal=False) cannot generate')
     it = _stream(self, prompt, n, temperature, top_k, top_p, seed)
