@@ -78,8 +78,8 @@ class ResNetBKBlock(nn.Module):
         dropout:float=0.,
     ):
         super().__init__()
-        self.norm1, self.mixer = nn.RMSNorm(d_model, eps=1e-5), mixer
-        self.norm2, self.ffn = (nn.RMSNorm(d_model, eps=1e-5), ffn) if ffn is not None else (None, None)
+        self.norm1, self.mixer = nn.LayerNorm(d_model, bias=False), mixer       # LayerNorm: PyTorch's RMSNorm is several passes over memory on a CPU
+        self.norm2, self.ffn = (nn.LayerNorm(d_model, bias=False), ffn) if ffn is not None else (None, None)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, state=None, cut=None, return_state=False):
@@ -101,7 +101,7 @@ class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=[
         ffn = make_ffn or (lambda cfg, i: MLP(cfg.d_model, cfg.ffn_mult) if cfg.ffn_mult else None)
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(ResNetBKBlock(config.d_model, mixer(config, i), ffn(config, i), config.dropout) for i in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.norm = nn.LayerNorm(config.d_model, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.head = None if config.tie else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._init()
@@ -121,7 +121,7 @@ class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=[
     ):                         # (B, N, vocab) logits, or (logits, state)
         if x.ndim != 2 or x.is_floating_point(): raise ValueError(f'want (B, N) integer token ids; got {x.dtype} {tuple(x.shape)}')
         h, out = self.embed(x), []
-        if self.head is None: h = F.rms_norm(h, h.shape[-1:])            # logits want small embeddings, blocks want tokens of size one
+        if self.head is None: h = F.layer_norm(h, h.shape[-1:])            # logits want small embeddings, blocks want tokens of size one
         for i,b in enumerate(self.blocks):
             args = (h, None if state is None else state[i], cut, return_state)
             h = checkpoint(b, *args, use_reentrant=False) if self.config.recompute and torch.is_grad_enabled() else b(*args)
@@ -217,7 +217,7 @@ static V gelu(V x) {                                  // x/2 (1 + erf(x/sqrt 2))
   return .5f * x * (1 + (z < 0 ? -e : e));
 }
 // The operations. in, out, h, y: places in the work space, ld* their row lengths; tail, g, z, S: in the state; the rest in the weights (-1 = none).
-struct Embed  { I op, table, out, n, width, vocab, eps; };
+struct Embed  { I op, table, out, width, vocab; };
 struct Norm   { I op, in, out, weight, n, width, eps; };
 struct Matvec { I op, in, own, ldi, k, out, ldo, n, weight, bias, then; };   // own = 1: `in` is the thread's own memory
 struct Chain  { I op, h, ldh, y, ldy, C, nin, iw, iv, conv, act, feat, tail, g, z, taps, bias, E, eta, scale, vmax; };
@@ -257,14 +257,19 @@ CPP_DECODE += r'''
   static float rms(const float* p, I width, I n, float eps) { V q = {}; for (I c = 0; c < width; c += W) { V v = from<float>(p + c); q += v * v; } return 1 / std::sqrt(hsum(q) / n + eps); }
   void embed(const Embed& o, int t) const {
     if (t == 0) for (I b = 0; b < B; b++) {
-      const float* p = w + o.table + token[b] * o.width; float* y = x + o.out + b * o.width, r = o.eps < 0 ? 1 : rms(p, o.width, o.n, w[o.eps]);
-      for (I c = 0; c < o.width; c += W) to<float>(y + c, from<float>(p + c) * r);
+      const float* p = w + o.table + token[b] * o.width; float* y = x + o.out + b * o.width;
+      std::copy(p, p + o.width, y);
     }
   }
   void norm(const Norm& o, int t) const {
     for (I b = 0; b < B; b++) {
-      const float* p = x + o.in + b * o.width; float* y = own(t) + o.out + b * o.width, r = rms(p, o.width, o.n, w[o.eps]);
-      for (I c = 0; c < o.width; c += W) to<float>(y + c, from<float>(p + c) * r * from<float>(w + o.weight + c));
+      const float* p = x + o.in + b * o.width; float* y = own(t) + o.out + b * o.width;
+      V sum = {}; for (I c = 0; c < o.width; c += W) sum += from<float>(p + c);
+      const float mean = hsum(sum) / o.n;
+      for (I c = 0; c < o.width; c += W) to<float>(y + c, from<float>(p + c) - mean);
+      std::fill(y + o.n, y + o.width, 0.f);
+      const float r = rms(y, o.width, o.n, w[o.eps]);
+      for (I c = 0; c < o.width; c += W) to<float>(y + c, from<float>(y + c) * r * from<float>(w + o.weight + c));
     }
   }
   void gate(const Gate& o, int t) const {
@@ -419,7 +424,7 @@ class _Program:
     def eps(self, norm): return self.put([torch.finfo(torch.float32).eps if norm.eps is None else norm.eps])
 
     def norm(self, m, x, width, at): # of the residual stream, into the thread's own memory
-        _want(m, nn.RMSNorm); self.mine(at + width); self.op(1, x, at, self.put(_wide(m.weight)), m.weight.numel(), width, self.eps(m)); return at
+        _want(m, nn.LayerNorm); self.mine(at + width); self.op(1, x, at, self.put(_wide(m.weight)), m.weight.numel(), width, self.eps(m)); return at
     def matvec(self, weight, x, own, k_in, out=None, bias=None, then=0): # weight (n, k) with n a multiple of 16
         n, k = weight.shape; full = n//64*64; out = self.room(n) if out is None else out
         panels = torch.cat([weight[:full].reshape(-1, 64, k).mT.reshape(-1), weight[full:].T.reshape(-1)])
@@ -482,7 +487,7 @@ PACK[MLP] = _pack_mlp
 def _pack(p, m, *args): _want(m, *PACK); return PACK[type(m)](p, m, *args)
 
 # %% ../nbs/04_model.ipynb #c0052
-PARTS = (ResNetBKBlock, nn.Embedding, nn.Linear, nn.RMSNorm, nn.Dropout, nn.GELU, nn.ModuleList, ShortConv, Spectrum)   # what may be found inside
+PARTS = (ResNetBKBlock, nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.GELU, nn.ModuleList, ShortConv, Spectrum)   # what may be found inside
 
 def _check_known(model):
     if type(model).forward is not ResNetBK.forward or type(model).step is not ResNetBK.step: raise CannotDecode(f'Decoder does not know {type(model).__name__}, which has a forward or step of its own')
@@ -502,7 +507,8 @@ def _write(model):
     "The program of a whole model, and the slots of its state."
     _check_known(model); p, D, slots = _Program(), model.config.d_model, []; V, Dp = model.config.vocab_size, _up(D); p.vocab = V; x = p.room(Dp)
     _sized(embed=(model.embed.weight, (V, D)), bias=(model.bias, (V,)), norm=(model.norm.weight, (D,)), **({} if model.head is None else dict(head=(model.head.weight, (V, D)))))
-    p.op(0, p.put(_wide(model.embed.weight)), x, D, Dp, V, p.put([torch.finfo(torch.float32).eps]) if model.head is None else -1)
+    table = model.embed.weight if model.head is not None else F.layer_norm(model.embed.weight, (D,))
+    p.op(0, p.put(_wide(table)), x, Dp, V)
     for b in model.blocks:
         _want(b, ResNetBKBlock); _sized(norm1=(b.norm1.weight, (D,))); start = p.work
         slots.append(_pack(p, b.mixer, x, p.norm(b.norm1, x, Dp, 0), D))
