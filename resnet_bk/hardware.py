@@ -996,10 +996,8 @@ def _carried(new, decay, state, plain=mixers._passed):
     if new.dtype not in (torch.float32, torch.float64) or not _loads('attention'): return plain(new, decay, state)
     return CarriedState.apply(new, decay, None if state is None else state.to(new))
 _registered('_passed', mixers._passed, _carried)
-layer_op.register_kernel('cuda')(lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3])
-layer_backward_op.register_kernel('cuda')(layer_backward)
-attention_op.register_kernel('cuda')(lambda h, cut, taps, log_g, weight, eps: attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3])
-attention_backward_op.register_kernel('cuda')(attention_backward)
+for op,kernel in ((layer_op, lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3]), (layer_backward_op, layer_backward),
+                  (attention_op, lambda h, cut, taps, log_g, weight, eps: attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3]), (attention_backward_op, attention_backward)): op.register_kernel('cuda')(kernel)
 
 # %% ../nbs/10_hardware.ipynb #c0100
 @torch.compiler.assume_constant_result
@@ -1015,7 +1013,7 @@ def _can_fuse(self:BKMixer, h, state, return_state):
     return _fits(self, h, state, return_state) and self.kind == 'resolvent' and self.causal and _loads('layer') if h.is_cuda else _on_cpu[BKMixer](self, h, state, return_state)
 @patch
 def _can_fuse(self:BKAttention, h, state, return_state): # the tiles of heads 128 wide in float32 take 70 KiB of shared memory
-    return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads*h.element_size() <= 512 and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
+    return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads <= (64 if h.dtype == torch.float64 else 128) and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
 
 # %% ../nbs/10_hardware.ipynb #c0103
 def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
