@@ -1015,7 +1015,7 @@ def _can_fuse(self:BKMixer, h, state, return_state):
 def _can_fuse(self:BKAttention, h, state, return_state): # the tiles of heads 128 wide in float32 take 70 KiB of shared memory
     return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads <= (64 if h.dtype == torch.float64 else 128) and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
 
-# %% ../nbs/10_hardware.ipynb #c0103
+# %% ../nbs/10_hardware.ipynb #c0105
 def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
                      arch=(9,0), # compute capability
                     )->list:   # of dicts: kernel, registers, spilled and stack bytes per thread
@@ -1025,7 +1025,7 @@ def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
     short = lambda n: re.sub(r'>$', '', re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))).replace(' ', '')
     return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
 
-# %% ../nbs/10_hardware.ipynb #c0110
+# %% ../nbs/10_hardware.ipynb #c0112
 class CUDAOptimizedBKCore(nn.Module):
     "The seeds' BK-Core: diagonal of `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`, as two features. CUDA kernels on a GPU, the C++ kernel elsewhere; always float32 (or float64 if v is)."
     def __init__(self,
@@ -1046,7 +1046,7 @@ class CUDAOptimizedBKCore(nn.Module):
             G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
         return torch.view_as_real(G[...,0])
 
-# %% ../nbs/10_hardware.ipynb #c0113
+# %% ../nbs/10_hardware.ipynb #c0115
 class MixedPrecisionTrainer:
     "The seeds' mixed precision training step, by `accelerate`: autocast, gradient scaling for fp16, clipping. Weights, E and η stay float32."
     def __init__(self,
@@ -1077,7 +1077,7 @@ class MixedPrecisionTrainer:
         self.optimizer.step()
         return loss.item()
 
-# %% ../nbs/10_hardware.ipynb #c0121
+# %% ../nbs/10_hardware.ipynb #c0123
 def _off_by(a, b): return max(((x.detach().cpu().double() - y.detach()).abs().max()/y.detach().abs().max().clamp_min(1e-30)).item() for x,y in zip(a, b) if y is not None and y.numel())
 
 def _op_values(op, c, backend):
@@ -1095,7 +1095,7 @@ def _op_case(op, N, seed=0): # float32 values, so that the reference sees the sa
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
-# %% ../nbs/10_hardware.ipynb #c0122
+# %% ../nbs/10_hardware.ipynb #c0124
 def _layer_values(kind, N, dev, seed=0):
     "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
     torch.manual_seed(seed); B = 2 if N < 2**14 else 1; m = BKMixer(4, potential='token', eta_min=.1) if kind == 'layer' else BKAttention(16, 1, eta_min=.05, eta_max=.1)
@@ -1127,7 +1127,7 @@ def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0127
+# %% ../nbs/10_hardware.ipynb #c0129
 def capture_step(model:nn.Module,
                  opt,         # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
                  x:Tensor, y:Tensor, # (B, N) tokens and targets: fixed memory, fill them before each replay
@@ -1148,7 +1148,7 @@ def capture_step(model:nn.Module,
     with torch.cuda.graph(graph): loss = step()
     return graph.replay, loss
 
-# %% ../nbs/10_hardware.ipynb #c0131
+# %% ../nbs/10_hardware.ipynb #c0133
 def _ms(f, dev, rounds=10):
     "Median milliseconds of `f`, after two runs to warm up."
     for _ in range(2): f()
@@ -1181,7 +1181,7 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
         kernels.chunks = None
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0132
+# %% ../nbs/10_hardware.ipynb #c0134
 def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
     "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
     from resnet_bk.benchmarks import _SDPA
@@ -1212,7 +1212,7 @@ def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(
         rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0134
+# %% ../nbs/10_hardware.ipynb #c0136
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
     "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
     from resnet_bk.model import ModelConfig, ResNetBK
@@ -1233,7 +1233,7 @@ def gpu_benchmark():
     rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
     print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
 
-# %% ../nbs/10_hardware.ipynb #c0138
+# %% ../nbs/10_hardware.ipynb #c0140
 def main(argv=None)->int: # exit code
     "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
     import argparse
@@ -1248,6 +1248,6 @@ def main(argv=None)->int: # exit code
     except ValueError as e: print(e, file=sys.stderr); return 1
     print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5"); return int(not top['error'] <= 1e-5)
 
-# %% ../nbs/10_hardware.ipynb #c0140
+# %% ../nbs/10_hardware.ipynb #c0142
 #| eval: false
 if __name__ == '__main__': sys.exit(main())
