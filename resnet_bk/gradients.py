@@ -9,7 +9,7 @@ __all__ = ['MODES', 'theory_gradient', 'hypothesis7_gradient', 'blended_gradient
            'BatchedAnalyticBKCoreFunction', 'MemoryOptimizedBKCoreFunction', 'peak_bytes', 'profile_batched_gradient']
 
 # %% ../nbs/06_gradients.ipynb #c0003
-import hashlib, json, math, time
+import hashlib, json, math, time, weakref
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +17,12 @@ import torch
 from torch import nn, Tensor
 
 # %% ../nbs/06_gradients.ipynb #c0004
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .bk_core import dense_resolvent, diag_backward_op, diag_op, resolvent_diag, scan_backward_op, time_together, _inputs
+from .bk_core import dense_resolvent, diag_backward_op, diag_op, resolvent_diag, scan_backward_op, time_together, _backend, _diag, _inputs, _lanes, _plain
 from .learner import Learner
 
 # %% ../nbs/06_gradients.ipynb #c0007
@@ -58,7 +62,7 @@ class _Plan:
     store:object=None            # complex or half type of what is kept, None = as computed, 'recompute' = keep nothing
     backward:object=None         # complex type of the adjoint, None = that of the input, or 'adaptive'
     threshold:float=1e-30        # 'adaptive': complex128 where the largest cotangent is below this
-    chunk:int=1 << 17            # 'recompute': chain sites at a time
+    chunk:int=1 << 16            # 'recompute': sites at a time
 
 def _blend(alpha): # checked
     if alpha in ('exact', 'none') or isinstance(alpha, (int, float)) and 0 <= alpha <= 1: return alpha
@@ -66,7 +70,7 @@ def _blend(alpha): # checked
 
 # %% ../nbs/06_gradients.ipynb #c0024
 def _parts(v, E, eta, hop, plan): # what the adjoint needs: (G, left pivots, right pivots), or G alone
-    if plan.blend == 'exact' and not plan.causal: return diag_op(v, None, E, eta, hop, '')
+    if plan.blend == 'exact' and not plan.causal: return (_diag if _plain() else diag_op)(v, None, E, eta, hop, '')
     return (resolvent_diag(v, torch.complex(E, eta), hop=hop, causal=plan.causal),)
 
 def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
@@ -74,6 +78,7 @@ def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
     if plan.blend != 'exact': return blended_gradient(parts[0], ct, plan.blend), None, None, None
     need = [True, False, hop is not None]
     if plan.causal: dv, _, _, dhop, dE, deta, *_ = scan_backward_op(parts[0], parts[0].new_empty(0), None, ct, hop, None, None, need[:2] + [False] + need[2:], '')
+    elif _plain(): dv, _, dhop, dE, deta = _backend('', ct).diag_backward(parts[1], parts[2], parts[0], ct, _lanes(hop), list(ct.shape), need)   # without the dispatcher, which costs 0.1 ms
     else: dv, _, dhop, dE, deta = diag_backward_op(parts[1], parts[2], parts[0], ct, hop, need, '')
     return dv, dE, deta, dhop if hop is not None else None
 
@@ -81,15 +86,16 @@ def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
 def _pack(x, store): return x.to(store) if store.is_complex else torch.view_as_real(x).to(store)
 def _unpack(x, dtype): return (x if x.is_complex() else torch.view_as_complex(x.float())).to(dtype)
 def _cast(x, dtype): return None if x is None else x.to(dtype)
+def _turn(x): return x[0].contiguous()[None] if x.shape[0] == 1 else x.contiguous()   # torch has a fast transposition for two axes, not for three
 
-def _recompute(v, E, eta, hop, ct, plan): # forward again and adjoint, a block of chains at a time, so that the pivots stay in the cache
-    B,N,C = v.shape; w = min(C, max(16, plan.chunk//max(N, 1)//16*16)); b = max(1, plan.chunk//max(1, N*w))
+def _recompute(v, E, eta, hop, ct, plan): # forward again and adjoint, a block of chains (16 at least: they share a vector) at a time, so that the pivots stay in the cache
+    B,N,C = v.shape; w = max(1, min(C, plan.chunk//max(N, 1)//16*16 or 16)); b = max(-(-16//w), plan.chunk//max(1, N*w))
     dv, dhop = torch.empty_like(ct.real), None if hop is None else torch.empty_like(ct.real[:,1:])
     dE, deta = (ct.real[:0].sum((0,1)) for _ in range(2))                       # zeros, mapped by vmap if ct is
     for i in range(0, B, b):
         for j in range(0, C, w):
             s, t = (slice(i, i+b), slice(None), slice(j, j+w)), slice(j, j+w); h = None if hop is None else hop[s]
-            r = _adjoint(_parts(v[s], E[t], eta[t], h, plan), ct[s], h, plan); dv[s] = r[0]
+            r = _adjoint(_parts(_turn(v[s]), E[t], eta[t], h, plan), _turn(ct[s]), h, plan); dv[s] = r[0]
             if r[1] is not None: dE[t] += r[1]; deta[t] += r[2]
             if r[3] is not None: dhop[s] = r[3]
     return (dv, dE, deta, dhop) if plan.blend == 'exact' else (dv, None, None, None)
@@ -100,7 +106,7 @@ class _BK(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
     def forward(v, E, eta, hop, plan):
-        parts = _parts(*(_cast(t, plan.forward or v.dtype) for t in (v, E, eta, hop)), plan if plan.store != 'recompute' else _Plan(0., plan.causal))
+        parts = _parts(*(_cast(t, plan.forward or v.dtype) for t in (_turn(v), E, eta, hop)), plan if plan.store != 'recompute' else _Plan(0., plan.causal))
         G = parts[0].to(v.dtype.to_complex())
         if plan.store == 'recompute': return G,
         store = plan.store or parts[0].dtype
@@ -110,10 +116,11 @@ class _BK(torch.autograd.Function):
         v, E, eta, hop, ctx.plan = inputs; G, *kept = output; ctx.dtype = v.dtype
         if ctx.plan.store == 'recompute': kept = [v, E, eta]
         elif len(kept) % 2 == 0: kept = [G, *kept]                    # of one or three parts the first is G
-        ctx.mark_non_differentiable(*output[1:]); ctx.save_for_backward(*kept, hop)
+        ctx.mark_non_differentiable(*output[1:]); ctx.set_materialize_grads(False); ctx.save_for_backward(*kept, hop)
     @staticmethod
     def backward(ctx, ct, *_):
         *kept, hop = ctx.saved_tensors
+        if ct is None: return (None,)*5
         return *_Adjoint.apply(ct, hop, ctx.plan, ctx.dtype, *kept), None
 
 class _Adjoint(torch.autograd.Function): # a function of its own, so that torch.func.grad, which records every backward pass, does not look inside
@@ -124,7 +131,7 @@ class _Adjoint(torch.autograd.Function): # a function of its own, so that torch.
         else:
             t = ct.dtype if plan.backward is None else plan.backward
             if t == 'adaptive': t = torch.complex128 if ct.numel() and ct.abs().max() < plan.threshold else torch.complex64
-            out = _adjoint([_unpack(x, t) for x in kept], ct.to(t), _cast(hop, t.to_real()), plan)
+            out = _adjoint([_unpack(x, t) for x in kept], _turn(ct).to(t), _cast(hop, t.to_real()), plan)
         return tuple(_cast(x, dtype) for x in out)
     @staticmethod
     def setup_context(ctx, inputs, output): pass
@@ -152,9 +159,9 @@ def _features(he_diag, h0_super, h0_sub, z, plan): # (..., N) -> (..., N, 2)
     k, watched = h0_super*h0_sub, torch._C._are_functorch_transforms_active()
     if not watched and (k < 0).any(): raise ValueError('the products h0_super·h0_sub must be ≥ 0; vmapped_get_diag takes any sign')
     if not (watched or k.requires_grad) and (k == 1).all(): hop = None
-    else: hop = torch.where(k > 0, k, 1).sqrt().mul(k > 0).expand(*lead, bonds).reshape(B, bonds, 1)   # no infinite slope where a bond is cut
-    v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N, 1), None, z, None, hop)
-    return torch.view_as_real(_BK.apply(v, E, eta, hop, plan)[0]).reshape(*lead, N, 2)
+    else: hop = torch.where(k > 0, k, 1).sqrt().mul(k > 0).expand(*lead, bonds).reshape(B, bonds).T[None]   # no infinite slope where a bond is cut
+    v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)               # chains as channels, (1, N, B): the kernel's fast layout
+    return torch.view_as_real(_BK.apply(v, E, eta, hop, plan)[0][0].T.contiguous()).reshape(*lead, N, 2)
 
 # %% ../nbs/06_gradients.ipynb #c0032
 class BKCoreFunction:
@@ -271,9 +278,6 @@ def gradient_cosine(
     return nn.functional.cosine_similarity(mine - rest, true - rest, 0).item()
 
 # %% ../nbs/06_gradients.ipynb #c0045
-from fastcore.basics import patch
-
-# %% ../nbs/06_gradients.ipynb #c0046
 @patch
 def run_trial(self:GradBlendOptimizer, alpha)->GradBlendResult: # 'exact', 'none' or α
     "Train once from the starting weights."
@@ -293,7 +297,7 @@ def _load(self:GradBlendOptimizer, path):
         raise ValueError(f"{path} is of another search (different: {', '.join(diff)}): give another folder")
     return GradBlendResult(**saved['result'])
 
-# %% ../nbs/06_gradients.ipynb #c0047
+# %% ../nbs/06_gradients.ipynb #c0046
 @patch
 def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexity, best_blend (the best number), results, settings
     "All trials that are not in the folder yet. Afterwards the model has its starting weights and the best α. `ValueError` for a folder that holds another search."
@@ -313,7 +317,7 @@ def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexit
     if self.folder: (self.folder/'summary.json').write_text(json.dumps(self.summary, indent=1)); self._save_plot()
     return self.summary
 
-# %% ../nbs/06_gradients.ipynb #c0048
+# %% ../nbs/06_gradients.ipynb #c0047
 @patch
 def table(self:GradBlendOptimizer)->str:
     "What happened, a line per trial."
@@ -328,7 +332,7 @@ def plot(self:GradBlendOptimizer): # matplotlib Figure
     if not self.results: raise ValueError('nothing to plot: call run_grid_search first')
     lines = dict(exact='k', none='C3'); fig, ax = plt.subplots(1, 2, figsize=(11, 3.4)); blends = [r for r in self.results if not isinstance(r.alpha, str)]
     for r in self.results: ax[0].plot(r.losses, color=lines.get(r.alpha) or plt.cm.viridis(r.alpha), lw=1, label=f'{r.alpha}')
-    ax[0].set(xlabel='record (ten steps)', ylabel='training loss (nats per token)'); ax[0].legend(fontsize=6, ncol=2, title='α', title_fontsize=7)
+    late = [x for r in self.results for x in r.losses[len(r.losses)//10:]]; ax[0].set(xlabel='record', ylabel='training loss (nats per token)', ylim=(min(late), max(late))); ax[0].legend(fontsize=6, ncol=2, title='α', title_fontsize=7)
     ax[1].plot([r.alpha for r in blends], [r.final_perplexity for r in blends], 'o-', label='(1−α)·theory + α·H7')
     for r in self.results:
         if r.alpha in lines: ax[1].axhline(r.final_perplexity, color=lines[r.alpha], label=r.alpha)
@@ -342,7 +346,7 @@ def _save_plot(self:GradBlendOptimizer):
     import matplotlib.pyplot as plt
     fig = self.plot(); fig.savefig(self.folder/'grad_blend.png', dpi=120); plt.close(fig)
 
-# %% ../nbs/06_gradients.ipynb #c0058
+# %% ../nbs/06_gradients.ipynb #c0057
 class MixedPrecisionBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` with types of its own: by default the seeds' complex128 forward, complex64 kept and backward."
     GRAD_BLEND = 'exact'
@@ -368,7 +372,7 @@ class MixedPrecisionBKCoreFunction(BKCoreFunction):
         true = BKCoreFunction.apply(he_diag, h0_super, h0_sub, z, 'exact', causal); err = ((out.detach() - true).abs().max()/true.abs().max()).item() if true.numel() else 0.
         if not err <= limit: raise ArithmeticError(f'mixed precision is off by {err:.2e} of the largest value; wanted ≤ {limit:.0e}')
 
-# %% ../nbs/06_gradients.ipynb #c0064
+# %% ../nbs/06_gradients.ipynb #c0063
 def validate_mixed_precision_accuracy(
     batch_size:int=8, seq_len:int=128, # chains in a sample, sites in a chain
     num_samples:int=100, # random potentials, standard normal
@@ -390,7 +394,7 @@ def validate_mixed_precision_accuracy(
     return dict(passed=max(top[0], top[2]) <= threshold, max_error_mean=mean[0], max_error_std=e[:,0].std(correction=0).item(), max_error_max=top[0], relative_error_mean=mean[1],
                 relative_error_max=top[1], gradient_error_mean=mean[2], gradient_error_max=top[2], threshold=threshold, num_samples=num_samples)
 
-# %% ../nbs/06_gradients.ipynb #c0069
+# %% ../nbs/06_gradients.ipynb #c0068
 MODES = {'complex128 throughout': dict(forward=torch.complex128, store=torch.complex128, backward=torch.complex128),
          "complex128 → complex64 (seeds)": dict(),
          'complex64 throughout': dict(forward=torch.complex64),
@@ -416,7 +420,7 @@ def benchmark_mixed_precision(
         for r in rows: print(f"{r['mode']:32s}{r['forward_error']:10.1e}{r['gradient_error']:13.1e}{r['forward_ms']:8.2f} ms{r['backward_ms']:8.2f} ms{r['bytes_per_site']:5.0f} B/site")
     return rows
 
-# %% ../nbs/06_gradients.ipynb #c0070
+# %% ../nbs/06_gradients.ipynb #c0069
 def saved_bytes(
     f, # function of no arguments that builds a graph
 )->int: # bytes
@@ -426,38 +430,47 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()   # held, so that no address is used twice
     return sum(seen.values())
 
-# %% ../nbs/06_gradients.ipynb #c0076
+# %% ../nbs/06_gradients.ipynb #c0075
 class BatchedAnalyticBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` for any leading shape (..., N), under `torch.func.vmap` and `torch.func.grad`."
     GRAD_BLEND = 'exact'
 
-# %% ../nbs/06_gradients.ipynb #c0079
+# %% ../nbs/06_gradients.ipynb #c0078
 class MemoryOptimizedBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` that keeps the potential alone and computes the pivots again in the backward pass, `CHUNK` sites at a time."
-    GRAD_BLEND, CHUNK = 'exact', 1 << 17
+    GRAD_BLEND, CHUNK = 'exact', 1 << 16
     @classmethod
     def apply(cls,
         he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, grad_blend=None, causal:bool=False, # as in `BKCoreFunction`
-        chunk:int=None, # sites (chains × length) at a time in the backward pass; None = CHUNK. A chain is never cut
+        chunk:int=None, # about so many sites (chains × length) at a time in the backward pass, and 16 chains at least; None = CHUNK
     )->Tensor: # (B, N, 2)
         "`ValueError` as `BKCoreFunction`, and for a chunk below 1."
         chunk = cls.CHUNK if chunk is None else chunk
         if chunk < 1: raise ValueError(f'chunk must be at least 1 site; got {chunk}')
         return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal, store='recompute', chunk=chunk))
 
-# %% ../nbs/06_gradients.ipynb #c0083
+# %% ../nbs/06_gradients.ipynb #c0084
+class _Alive(TorchDispatchMode): # counts the memory of every tensor that an operation makes, until it is freed
+    def __init__(self): super().__init__(); self.seen, self.now, self.top = WeakIdKeyDictionary(), 0, 0
+    def _free(self, n): self.now -= n
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tree_leaves((args, kwargs)): self._see(t, False)                  # was there before
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out): self._see(t, True)
+        return out
+    def _see(self, t, new):
+        if not isinstance(t, Tensor) or (s := t.untyped_storage()) in self.seen: return
+        self.seen[s] = n = s.nbytes()*new; self.now += n; self.top = max(self.top, self.now)
+        weakref.finalize(s, self._free, n)
+
 def peak_bytes(
     f, # function of no arguments
 )->int: # bytes
-    "Most bytes of tensors alive at once while f runs, on top of those before. On CUDA what the allocator says, elsewhere by torch's profiler."
-    if torch.cuda.is_available(): torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > before: return torch.cuda.max_memory_allocated() - before
-    now = top = 0
-    for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()): now += e.nbytes(); top = max(top, now)
-    return top
+    "Most bytes of tensors alive at once while f runs, on top of those before, operation by operation (scratch inside a kernel is not seen)."
+    with _Alive() as alive: f()
+    return alive.top
 
-# %% ../nbs/06_gradients.ipynb #c0085
+# %% ../nbs/06_gradients.ipynb #c0086
 def profile_batched_gradient(
     batch_sizes=(1, 16, 256), seq_lens=(128, 512, 2048), # chains, sites
     z=1j, # complex shift
