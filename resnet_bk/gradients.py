@@ -285,7 +285,9 @@ def run_trial(self:GradBlendOptimizer, alpha)->GradBlendResult: # 'exact', 'none
     for m in self.mods: m.grad_blend = alpha
     learn = Learner(self.model, self.data, **self.kw); first = learn.evaluate(self.eval_batches)['nats']
     probe = next(iter(self.data.valid)); before = gradient_cosine(self.model, probe)
-    learn.fit(**self.budget); last = learn.evaluate(self.eval_batches)
+    learn.fit(**self.budget)
+    if learn.interrupted: raise KeyboardInterrupt(f'stopped in the trial of α = {alpha}, which is not kept; finished trials are')
+    last = learn.evaluate(self.eval_batches)
     losses = [m.loss_lm for m in learn.history]; var = [m.grad_variance/m.grad_norm**2 for m in learn.history if m.grad_norm]
     return GradBlendResult(alpha, last['nats'], last['ppl'], first - sum(losses)/len(losses), sum(var)/max(1, len(var)), before, gradient_cosine(self.model, probe), losses, time.perf_counter() - t)
 
@@ -346,7 +348,7 @@ def _save_plot(self:GradBlendOptimizer):
     import matplotlib.pyplot as plt
     fig = self.plot(); fig.savefig(self.folder/'grad_blend.png', dpi=120); plt.close(fig)
 
-# %% ../nbs/06_gradients.ipynb #c0057
+# %% ../nbs/06_gradients.ipynb #c0058
 class MixedPrecisionBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` with types of its own: by default the seeds' complex128 forward, complex64 kept and backward."
     GRAD_BLEND = 'exact'
@@ -372,7 +374,7 @@ class MixedPrecisionBKCoreFunction(BKCoreFunction):
         true = BKCoreFunction.apply(he_diag, h0_super, h0_sub, z, 'exact', causal); err = ((out.detach() - true).abs().max()/true.abs().max()).item() if true.numel() else 0.
         if not err <= limit: raise ArithmeticError(f'mixed precision is off by {err:.2e} of the largest value; wanted ≤ {limit:.0e}')
 
-# %% ../nbs/06_gradients.ipynb #c0063
+# %% ../nbs/06_gradients.ipynb #c0064
 def validate_mixed_precision_accuracy(
     batch_size:int=8, seq_len:int=128, # chains in a sample, sites in a chain
     num_samples:int=100, # random potentials, standard normal
@@ -394,7 +396,7 @@ def validate_mixed_precision_accuracy(
     return dict(passed=max(top[0], top[2]) <= threshold, max_error_mean=mean[0], max_error_std=e[:,0].std(correction=0).item(), max_error_max=top[0], relative_error_mean=mean[1],
                 relative_error_max=top[1], gradient_error_mean=mean[2], gradient_error_max=top[2], threshold=threshold, num_samples=num_samples)
 
-# %% ../nbs/06_gradients.ipynb #c0068
+# %% ../nbs/06_gradients.ipynb #c0069
 MODES = {'complex128 throughout': dict(forward=torch.complex128, store=torch.complex128, backward=torch.complex128),
          "complex128 → complex64 (seeds)": dict(),
          'complex64 throughout': dict(forward=torch.complex64),
@@ -420,7 +422,7 @@ def benchmark_mixed_precision(
         for r in rows: print(f"{r['mode']:32s}{r['forward_error']:10.1e}{r['gradient_error']:13.1e}{r['forward_ms']:8.2f} ms{r['backward_ms']:8.2f} ms{r['bytes_per_site']:5.0f} B/site")
     return rows
 
-# %% ../nbs/06_gradients.ipynb #c0069
+# %% ../nbs/06_gradients.ipynb #c0070
 def saved_bytes(
     f, # function of no arguments that builds a graph
 )->int: # bytes
@@ -430,12 +432,12 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()   # held, so that no address is used twice
     return sum(seen.values())
 
-# %% ../nbs/06_gradients.ipynb #c0075
+# %% ../nbs/06_gradients.ipynb #c0076
 class BatchedAnalyticBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` for any leading shape (..., N), under `torch.func.vmap` and `torch.func.grad`."
     GRAD_BLEND = 'exact'
 
-# %% ../nbs/06_gradients.ipynb #c0078
+# %% ../nbs/06_gradients.ipynb #c0079
 class MemoryOptimizedBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` that keeps the potential alone and computes the pivots again in the backward pass, `CHUNK` sites at a time."
     GRAD_BLEND, CHUNK = 'exact', 1 << 16
@@ -449,7 +451,7 @@ class MemoryOptimizedBKCoreFunction(BKCoreFunction):
         if chunk < 1: raise ValueError(f'chunk must be at least 1 site; got {chunk}')
         return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal, store='recompute', chunk=chunk))
 
-# %% ../nbs/06_gradients.ipynb #c0084
+# %% ../nbs/06_gradients.ipynb #c0085
 class _Alive(TorchDispatchMode): # counts the memory of every tensor that an operation makes, until it is freed
     def __init__(self): super().__init__(); self.seen, self.now, self.top = WeakIdKeyDictionary(), 0, 0
     def _free(self, n): self.now -= n
@@ -470,7 +472,7 @@ def peak_bytes(
     with _Alive() as alive: f()
     return alive.top
 
-# %% ../nbs/06_gradients.ipynb #c0086
+# %% ../nbs/06_gradients.ipynb #c0087
 def profile_batched_gradient(
     batch_sizes=(1, 16, 256), seq_lens=(128, 512, 2048), # chains, sites
     z=1j, # complex shift
