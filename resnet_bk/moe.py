@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTS', 'CASES', 'route', 'gumbel_noise', 'dense_moe', 'dispatch', 'grouped_rows', 'sparse_moe', 'router_grad',
-           'AnalyticMoEFunction', 'validate_analytic_gradients']
+           'AnalyticMoEFunction', 'validate_analytic_gradients', 'SparseMoE', 'AnalyticMoELayer', 'load_balance_loss',
+           'router_z_loss', 'move_bias', 'moe_layers', 'routing_entropy', 'expert_usage', 'unused_experts',
+           'plot_usage', 'MoEResNetBKLayer']
 
 # %% ../nbs/03_moe.ipynb #c0003
 import math, torch
@@ -173,8 +175,10 @@ class AnalyticMoEFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gy, gs, _):
-        with torch.autocast(gs.device.type if gy is None else gy.device.type, enabled=False):
-            if gy is None: gy = torch.zeros_like(ctx.saved_tensors[0])
+        if gy is None and gs is None: return (None,)*13
+        x = ctx.saved_tensors[0]
+        with torch.autocast(x.device.type, enabled=False):
+            if gy is None: gy = torch.zeros_like(x)                   # only a loss on the logits
             return *_backward(ctx.saved_tensors, gy, gs, *ctx.rest), *(None,)*7
 
 # %% ../nbs/03_moe.ipynb #c0031
@@ -227,3 +231,145 @@ def _soft_router(x, R, w1, b1, w2, b2, ct, act, opt):
     f = torch.einsum('teh,ehd->ted', ACTS[act][0](torch.einsum('td,edh->teh', x, w1) + (0 if b1 is None else b1)), w2) + (0 if b2 is None else b2)
     gg = (f*ct[:,None]).sum(-1).gather(1, chosen)
     return lambda: ((F.linear(x, R) + opt['noise']).softmax(-1).gather(1, chosen)*gg).sum()
+
+# %% ../nbs/03_moe.ipynb #c0037
+class SparseMoE(nn.Module):
+    "Mixture of `num_experts` feed-forwards, D → mult·D → D, of which each token computes `top_k`. Dropless, causal. `ValueError` for sizes that make no sense."
+    def __init__(self,
+        d_model:int,            # D
+        num_experts:int=4,      # E
+        top_k:int=1,            # experts per token
+        mult:float=4,           # hidden width over D
+        router:str='softmax',   # or 'gumbel': straight-through, as the seeds have it
+        act:str='gelu',         # in `ACTS`
+        bias:bool=False,        # of the experts
+        tau:float=1.,           # temperature of the router
+    ):
+        super().__init__()
+        if not 1 <= top_k <= num_experts: raise ValueError(f'want 1 ≤ top_k ≤ num_experts; got top_k={top_k}, num_experts={num_experts}')
+        if router not in ('softmax', 'gumbel'): raise ValueError(f"router must be 'softmax' or 'gumbel'; got {router!r}")
+        if act not in ACTS: raise ValueError(f'act must be one of {sorted(ACTS)}; got {act!r}')
+        E, D, H = num_experts, d_model, int(mult*d_model)
+        self.d_model, self.num_experts, self.top_k, self.kind, self.act, self.tau = D, E, top_k, router, act, tau
+        self.router = nn.Linear(D, E, bias=False)
+        self.w1, self.w2 = nn.Parameter(torch.randn(E, D, H)/D**.5), nn.Parameter(torch.randn(E, H, D)/H**.5)
+        self.b1, self.b2 = (nn.Parameter(torch.zeros(E, H)), nn.Parameter(torch.zeros(E, D))) if bias else (None, None)
+        for b in (self.b1, self.b2):
+            if b is not None: b._no_weight_decay = True
+        self.register_buffer('balance', torch.zeros(E))               # added to the probabilities for the choice; moved by `move_bias`
+        self.logits = self.counts = None
+
+    def forward(self, x:Tensor)->Tensor: # (..., D) -> the same
+        if x.shape[-1] != self.d_model: raise ValueError(f'want (..., {self.d_model}); got {tuple(x.shape)}')
+        dev = x.device.type; dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
+        with torch.autocast(dev, enabled=False):
+            ws = [self.router.weight, *(None if w is None else w.to(dt) for w in (self.w1, self.b1, self.w2, self.b2))]
+            noise = gumbel_noise(_f32(x.new_empty(x[...,0].numel(), self.num_experts))) if self.training and self.kind == 'gumbel' else None
+            y, logits, self.counts = self._mix(x.reshape(-1, self.d_model).to(dt), ws, noise)
+        self.logits = logits if self.training else None
+        return y.view(x.shape)
+
+    def _mix(self, x, ws, noise): return sparse_moe(x, *ws, self.act, self.kind, k=self.top_k, noise=noise, bias=self.balance, tau=self.tau)
+    def __getstate__(self): return dict(self.__dict__, logits=None)   # a graph can be neither copied nor pickled
+    def extra_repr(self): return f'{self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, router={self.kind!r}'
+
+class AnalyticMoELayer(SparseMoE):
+    "`SparseMoE` with the backward pass written by hand. `jacobian='diagonal'` is the seeds' approximation of the router's gradient."
+    def __init__(self, d_model:int, num_experts:int=4, top_k:int=1, jacobian:str='full', **kw):
+        if jacobian not in ('full', 'diagonal'): raise ValueError(f"jacobian must be 'full' or 'diagonal'; got {jacobian!r}")
+        super().__init__(d_model, num_experts, top_k, **kw); self.jacobian, self.saved = jacobian, None
+
+    def _mix(self, x, ws, noise):
+        args = (x, *ws, noise, self.balance, self.top_k, self.kind, self.act, self.tau, self.jacobian)
+        if not self.training or torch.is_grad_enabled(): return AnalyticMoEFunction.apply(*args)
+        *out, self.saved = _forward(*args)                            # no autograd: for `analytic_backward`
+        return out
+
+    def analytic_backward(self, grad_output:Tensor)->Tensor: # gradient by the layer's input
+        "After a forward pass under `torch.no_grad()` in training mode: adds to the parameters' `grad`, gives back the input's gradient. `RuntimeError` without such a pass."
+        if self.saved is None: raise RuntimeError('analytic_backward wants a forward pass before it, in training mode and under torch.no_grad()')
+        saved, self.saved = self.saved, None
+        gx, *gs = _backward(saved, grad_output.reshape(-1, self.d_model), None, self.tau, self.act, self.jacobian)
+        for p,g in zip((self.router.weight, self.w1, self.b1, self.w2, self.b2), gs):
+            if p is not None: p.grad = g if p.grad is None else p.grad + g
+        return gx.view(grad_output.shape)
+
+# %% ../nbs/03_moe.ipynb #c0050
+def load_balance_loss(
+    logits:Tensor,   # (T, E)
+    counts:Tensor,   # (E,) tokens each expert got
+)->Tensor:           # (), 1 when balanced
+    "E Σ F P of the Switch Transformer."
+    return len(counts)*(counts/counts.sum().clamp(min=1) * logits.softmax(-1).mean(0)).sum()
+
+def router_z_loss(logits:Tensor # (T, E)
+)->Tensor:                      # ()
+    "Mean squared log of the partition sum."
+    return logits.logsumexp(-1).square().mean()
+
+@torch.no_grad()
+def move_bias(
+    moe:SparseMoE,
+    counts:Tensor,    # (E,) tokens each expert got
+    rate:float=1e-3,  # step, in units of probability
+):
+    "Balancing without a loss: one step of the bias towards equal counts."
+    moe.balance += rate*(counts.float().mean() - counts).sign()
+
+# %% ../nbs/03_moe.ipynb #c0052
+def moe_layers(model:nn.Module)->dict: # name -> layer
+    "The mixtures of experts in a model."
+    return {n: m for n,m in model.named_modules() if isinstance(m, SparseMoE)}
+
+def routing_entropy(logits:Tensor)->Tensor: # (), nats; log E when the router has no opinion
+    "Mean entropy of the router's probabilities."
+    return torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+
+@torch.no_grad()
+def expert_usage(
+    model:nn.Module,
+    batches,           # an iterable of inputs, or of (input, target)
+)->dict:               # layer name -> (E,) share of its pairs of token and expert
+    "How much each expert is used, in evaluation. `ValueError` for a model without experts."
+    layers, was = moe_layers(model), model.training
+    if not layers: raise ValueError('the model has no SparseMoE layer')
+    total, dev = dict.fromkeys(layers, 0), next(model.parameters()).device
+    model.eval()
+    for b in batches:
+        model((b[0] if isinstance(b, (tuple, list)) else b).to(dev))
+        for n,m in layers.items(): total[n] = total[n] + m.counts.cpu()
+    model.train(was)
+    return {n: t/t.sum().clamp(min=1) for n,t in total.items()}
+
+def unused_experts(
+    usage:dict,         # of `expert_usage`
+    below:float=.01,    # of a fair share 1/E
+)->list:                # of (layer name, expert number, share)
+    "Experts that get next to no tokens."
+    return [(n, e, s) for n,t in usage.items() for e,s in enumerate(t.tolist()) if s < below/len(t)]
+
+def plot_usage(
+    usage,     # of `expert_usage`, or a dict of rows of any kind
+    ax=None,
+    title:str='share of tokens',
+):             # the axes
+    "Heat map, one row per layer, one column per expert."
+    import matplotlib.pyplot as plt
+    a = torch.stack([torch.as_tensor(t) for t in usage.values()]).numpy()
+    ax = ax or plt.subplots(figsize=(1.5 + .5*a.shape[1], 1 + .35*len(a)))[1]
+    ax.imshow(a, cmap='magma', vmin=0, aspect='auto'); ax.set(xticks=range(a.shape[1]), yticks=range(len(a)), yticklabels=list(usage), xlabel='expert', title=title)
+    for (i,j),v in ((at, a[at].item()) for at in product(*map(range, a.shape))): ax.text(j, i, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='k' if v > .6*a.max() else 'w')
+    return ax
+
+# %% ../nbs/03_moe.ipynb #c0061
+class MoEResNetBKLayer(nn.Module):
+    "The seeds' layer: mixture of experts → potential → diagonal of the resolvent; (B, N, D) → (B, N, D). `causal=False`: two-sided as in the seeds, not for language models."
+    def __init__(self, d_model:int, n_seq:int=None, num_experts:int=4, top_k:int=1, causal:bool=True, **kw):
+        super().__init__()
+        self.moe_ffn = AnalyticMoELayer(d_model, num_experts, top_k, **kw)
+        self.bk = BKMixer(d_model, kind='diag', absorb=False, potential='token', conv=0, causal=causal)
+        self.bk_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        m = self.moe_ffn(x)
+        return m + self.bk_scale*self.bk(m)
