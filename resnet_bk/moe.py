@@ -176,10 +176,10 @@ class AnalyticMoEFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gy, gs, _):
         if gy is None and gs is None: return (None,)*13
-        x = ctx.saved_tensors[0]
+        x, *_ = saved = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             if gy is None: gy = torch.zeros_like(x)                   # only a loss on the logits
-            return *_backward(ctx.saved_tensors, gy, gs, *ctx.rest), *(None,)*7
+            return *_backward(saved, gy, gs, *ctx.rest), *(None,)*7
 
 # %% ../nbs/03_moe.ipynb #c0031
 CASES = dict(plain={}, one_token=dict(T=1), one_expert=dict(E=1), odd=dict(T=13, D=5, H=7, E=3), empty_experts=dict(closed=2), no_tokens=dict(T=0), wide=dict(T=40, E=9), no_bias=dict(bias=False))
