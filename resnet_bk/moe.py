@@ -38,7 +38,8 @@ def gumbel_noise(x:Tensor)->Tensor: # of x's shape
     return -torch.empty_like(x).exponential_().log()
 
 # %% ../nbs/03_moe.ipynb #c0011
-ACTS = dict(gelu=(F.gelu, torch.ops.aten.gelu_backward), relu=(F.relu, lambda g, h: g*(h > 0)))     # name -> (function, (gradient, input) -> gradient)
+ACTS = dict(gelu=(F.gelu, lambda g, h: torch.ops.aten.gelu_backward.grad_input(g, h, grad_input=g)),           # name -> (function, (gradient, input) -> gradient, in the place of the first)
+            relu=(F.relu, lambda g, h: torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)))
 
 def dense_moe(
     x:Tensor,               # (T, D)
@@ -152,11 +153,11 @@ def _backward(saved, gy, gs, tau, act, jacobian):
     x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts = saved
     gt = gy.index_select(0, token)
     u = _rows(gt, w2.transpose(1, 2), counts)
-    gg = torch.linalg.vecdot(_f32(a), _f32(u))
+    gg = (a*u).sum(-1, dtype=p.dtype)
     if b2 is not None: gg += (gt*b2.repeat_interleave(counts, 0)).sum(-1)
     gate = g.flatten()[order][:,None].to(gt.dtype)
     gt *= gate; u *= gate
-    u = ACTS[act][1](u, h)
+    ACTS[act][1](u, h)
     ds = router_grad(torch.empty_like(gg).index_copy_(0, order, gg).view_as(chosen), chosen, p, tau, jacobian)
     if gs is not None: ds = ds + gs                                   # what losses on the logits add
     gx = (ds @ _f32(router)).to(x.dtype).index_add_(0, token, _rows(u, w1.transpose(1, 2), counts))
