@@ -164,6 +164,7 @@ def _backward(saved, gy, gs, tau, act, jacobian):
     return (gx, (ds.t() @ _f32(x)).to(router.dtype), _outer(x.index_select(0, token), u, counts), None if b1 is None else _sums(u, counts),
             _outer(a, gt, counts), None if b2 is None else _sums(gt, counts))
 
+# %% ../nbs/03_moe.ipynb #c0029
 class AnalyticMoEFunction(torch.autograd.Function):
     "The sparse form with the backward pass above: `apply(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian)` → y, logits, counts."
     @staticmethod
@@ -182,7 +183,7 @@ class AnalyticMoEFunction(torch.autograd.Function):
             if gy is None: gy = torch.zeros_like(x)                   # only a loss on the logits
             return *_backward(saved, gy, gs, *ctx.rest), *(None,)*7
 
-# %% ../nbs/03_moe.ipynb #c0031
+# %% ../nbs/03_moe.ipynb #c0032
 CASES = dict(plain={}, one_token=dict(T=1), one_expert=dict(E=1), odd=dict(T=13, D=5, H=7, E=3), empty_experts=dict(closed=2), no_tokens=dict(T=0), wide=dict(T=40, E=9), no_bias=dict(bias=False))
 
 def _case(T=12, D=6, H=8, E=4, closed=0, bias=True, seed=0):
@@ -203,6 +204,7 @@ def _fd_error(f, ts, grads, seed, eps=1e-6):
             worst = max(worst, abs((up-down)/(2*eps) - (g*d).sum().item())/max(1., g.norm().item()))
     return worst
 
+# %% ../nbs/03_moe.ipynb #c0033
 def validate_analytic_gradients(
     tol:float=1e-10,      # against autograd through the dense form
     tol_fd:float=1e-7,    # against finite differences along one random direction of each tensor
@@ -233,7 +235,7 @@ def _soft_router(x, R, w1, b1, w2, b2, ct, act, opt):
     gg = (f*ct[:,None]).sum(-1).gather(1, chosen)
     return lambda: ((F.linear(x, R) + opt['noise']).softmax(-1).gather(1, chosen)*gg).sum()
 
-# %% ../nbs/03_moe.ipynb #c0037
+# %% ../nbs/03_moe.ipynb #c0039
 class SparseMoE(nn.Module):
     "Mixture of `num_experts` feed-forwards, D → mult·D → D, of which each token computes `top_k`. Dropless, causal. `ValueError` for sizes that make no sense."
     def __init__(self,
@@ -274,6 +276,7 @@ class SparseMoE(nn.Module):
     def __getstate__(self): return dict(self.__dict__, logits=None)   # a graph can be neither copied nor pickled
     def extra_repr(self): return f'{self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, router={self.kind!r}'
 
+# %% ../nbs/03_moe.ipynb #c0040
 class AnalyticMoELayer(SparseMoE):
     "`SparseMoE` with the backward pass written by hand. `jacobian='diagonal'` is the seeds' approximation of the router's gradient."
     def __init__(self, d_model:int, num_experts:int=4, top_k:int=1, jacobian:str='full', **kw):
@@ -295,7 +298,7 @@ class AnalyticMoELayer(SparseMoE):
             if p is not None: p.grad = g if p.grad is None else p.grad + g
         return gx.view(grad_output.shape)
 
-# %% ../nbs/03_moe.ipynb #c0050
+# %% ../nbs/03_moe.ipynb #c0057
 def load_balance_loss(
     logits:Tensor,   # (T, E)
     counts:Tensor,   # (E,) tokens each expert got
@@ -317,7 +320,7 @@ def move_bias(
     "Balancing without a loss: one step of the bias towards equal counts."
     moe.balance += rate*(counts.float().mean() - counts).sign()
 
-# %% ../nbs/03_moe.ipynb #c0052
+# %% ../nbs/03_moe.ipynb #c0059
 def moe_layers(model:nn.Module)->dict: # name -> layer
     "The mixtures of experts in a model."
     return {n: m for n,m in model.named_modules() if isinstance(m, SparseMoE)}
@@ -342,6 +345,7 @@ def expert_usage(
     model.train(was)
     return {n: t/t.sum().clamp(min=1) for n,t in total.items()}
 
+# %% ../nbs/03_moe.ipynb #c0060
 def unused_experts(
     usage:dict,         # of `expert_usage`
     below:float=.01,    # of a fair share 1/E
@@ -362,7 +366,7 @@ def plot_usage(
     for (i,j),v in ((at, a[at].item()) for at in product(*map(range, a.shape))): ax.text(j, i, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='k' if v > .6*a.max() else 'w')
     return ax
 
-# %% ../nbs/03_moe.ipynb #c0061
+# %% ../nbs/03_moe.ipynb #c0069
 class MoEResNetBKLayer(nn.Module):
     "The seeds' layer: mixture of experts → potential → diagonal of the resolvent; (B, N, D) → (B, N, D). `causal=False`: two-sided as in the seeds, not for language models."
     def __init__(self, d_model:int, n_seq:int=None, num_experts:int=4, top_k:int=1, causal:bool=True, **kw):
