@@ -198,7 +198,7 @@ def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict: # name -> (fun
     return {'dense, 4·D': (make(ffn_mult=4), None), 'none': (make(), None), 'top-1 of 4': (make(experts=4), MoEBalance), 'top-2 of 4': (make(experts=4, top_k=2), MoEBalance),
             'top-2 of 4, 2·D': (make(experts=4, top_k=2, ffn_mult=2), MoEBalance), 'top-1 of 4, unbalanced': (make(experts=4), lambda: MoEBalance(0., 0.))}
 
-def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2), make:dict=None, seed:int=0)->list: # a dict per model
+def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list: # a dict per model
     "Every model for as long as the first takes for `steps`; learning rates from pilots as long as the first one's `pilot` steps. The trained model is kept beside its row."
     def run(f, cb, lr, **budget):
         torch.manual_seed(seed); model = init_unigram(f(), data.train.tokens)
