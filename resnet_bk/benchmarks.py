@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', 'compare_language', 'with_floors', 'RecallData',
            'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'machine_rates', 'profile', 'step_memory',
-           'decode_times']
+           'decode_times', 'feed_forwards', 'equal_time']
 
 # %% ../nbs/15_benchmarks.ipynb #c0003
 import json, math, os, platform, subprocess, sys, time, torch
@@ -15,7 +15,8 @@ from .bk_core import resolvent_mix, time_together
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import ModelConfig, ResNetBK, init_unigram
-from .learner import Learner, keep_memory
+from .learner import Learner, MoEBalance, keep_memory
+from .moe import expert_usage, moe_layers, plot_usage, unused_experts
 
 # %% ../nbs/15_benchmarks.ipynb #c0006
 def machine()->str: # one line
@@ -189,3 +190,26 @@ def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->di
             s, t = state[n], torch.zeros(1, dtype=torch.long)
             for _ in range(tokens): l, s = model.step(t, s); t = l.argmax(-1)
         return {n: t/tokens for n,t in time_together({n: (lambda n=n: run(n)) for n in contexts}, rounds).items()}
+
+# %% ../nbs/15_benchmarks.ipynb #moe02
+def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict: # name -> (function that makes the model, callback or None)
+    "The default model without feed-forward, with a dense one, and with mixtures of experts."
+    make = lambda **kw: lambda: ResNetBK(ModelConfig(vocab_size, d, layers, **kw))
+    return {'dense, 4·D': (make(ffn_mult=4), None), 'none': (make(), None), 'top-1 of 4': (make(experts=4), MoEBalance), 'top-2 of 4': (make(experts=4, top_k=2), MoEBalance),
+            'top-2 of 4, 2·D': (make(experts=4, top_k=2, ffn_mult=2), MoEBalance), 'top-1 of 4, unbalanced': (make(experts=4), lambda: MoEBalance(0., 0.))}
+
+def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list: # a dict per model
+    "Every model for as long as the first takes for `steps`; learning rates from pilots as long as the first one's `pilot` steps. The trained model is kept beside its row."
+    def run(f, cb, lr, **budget):
+        torch.manual_seed(seed); model = init_unigram(f(), data.train.tokens)
+        learn = Learner(model, data, lr=lr, eval_every=0, checkpoint_every=0, seed=seed, cbs=cb and cb()).fit(**budget)
+        return learn.evaluate()['nats'], learn
+    rows, time = [], {}
+    for name,(f,cb) in (make or feed_forwards(data.vocab_size)).items():
+        trial = {}
+        for lr in lrs: trial[lr], l = run(f, cb, lr, **({'minutes': time['pilot']} if time else {'steps': pilot}))
+        lr = min(trial, key=trial.get); print(f'{name}: pilots', {k: round(v, 3) for k,v in trial.items()}, flush=True); short = l.elapsed/60
+        nats, l = run(f, cb, lr, **({'minutes': time['run']} if time else {'steps': steps}))
+        time = time or dict(pilot=short, run=l.elapsed/60)
+        rows.append(dict(row=dict(model=name, lr=lr, steps=l.step, nats=nats, bpb=data.report(nats)['bpb'], seconds=l.elapsed, params=l.model.n_params()), model=l.model))
+    return rows

@@ -7,11 +7,13 @@ __all__ = ['bk_train', 'bk_generate', 'train_main', 'generate_main']
 
 # %% ../nbs/14_cli.ipynb #c0003
 import argparse, contextlib, json, sys, torch
+from itertools import islice
 from pathlib import Path
 from fastcore.script import anno_parser, store_true
 from .data import LMData, load_tokenizer
 from .model import ModelConfig, ResNetBK
-from .learner import Learner, NumericalStabilityMonitor
+from .learner import Learner, MoEBalance, NumericalStabilityMonitor
+from .moe import expert_usage, moe_layers, unused_experts
 
 # %% ../nbs/14_cli.ipynb #c0006
 def _run(func, prog, examples):
@@ -23,7 +25,7 @@ def _run(func, prog, examples):
     except (ValueError, OSError, ImportError) as e: sys.exit(f'{prog}: {e}')
 
 # %% ../nbs/14_cli.ipynb #c0008
-_fixed = ('corpus', 'tokenizer', 'vocab_size', 'd_model', 'n_layers', 'mixer', 'n_heads', 'batch_size', 'context', 'lr', 'seed')   # what a resumed run takes from the run before
+_fixed = ('corpus', 'tokenizer', 'vocab_size', 'd_model', 'n_layers', 'mixer', 'n_heads', 'experts', 'top_k', 'batch_size', 'context', 'lr', 'seed')   # what a resumed run takes from the run before
 
 def _new_folder():
     "bk_run, or bk_run-2, -3 ... if there is a run already."
@@ -47,8 +49,10 @@ def bk_train(
     resume:store_true=False,# go on with the run in --folder (default: the newest ./bk_run*) where it stopped
     d_model:int=128,        # width
     n_layers:int=4,         # blocks
-    mixer:str='attention,resolvent', # mixer of each layer, the last repeated: attention, resolvent, diag
+    mixer:str='both,resolvent', # mixer of each layer, the last repeated: both, attention, resolvent, diag
     n_heads:int=None,       # heads of an attention layer; default one per 64 channels
+    experts:int=0,          # give each block a feed-forward of so many experts; 0 = none
+    top_k:int=1,            # experts that each token computes
     batch_size:int=8,       # sequences per step
     context:int=256,        # tokens per sequence
     lr:float=3e-3,          # peak learning rate
@@ -64,8 +68,8 @@ def bk_train(
     elif steps is None and minutes is None: minutes = 3.
     data = LMData.from_corpus(args['corpus'], args['tokenizer'], args['vocab_size'], args['batch_size'], args['context'], seed=args['seed'])
     torch.manual_seed(args['seed'])
-    model = ResNetBK(ModelConfig(data.vocab_size, args['d_model'], args['n_layers'], args['mixer'].split(','), args['n_heads'])).init_unigram(data.train.tokens)
-    learn = Learner(model, data, lr=args['lr'], folder=folder, seed=args['seed'], cbs=[NumericalStabilityMonitor()], progress=not quiet)
+    model = ResNetBK(ModelConfig(data.vocab_size, args['d_model'], args['n_layers'], args['mixer'].split(','), args['n_heads'], experts=args['experts'], top_k=args['top_k'])).init_unigram(data.train.tokens)
+    learn = Learner(model, data, lr=args['lr'], folder=folder, seed=args['seed'], cbs=[NumericalStabilityMonitor()] + [MoEBalance()]*(args['experts'] > 0), progress=not quiet)
     if learn.is_main: _keep_run(folder, args, resume); _announce(args, data, model, folder, minutes, steps)
     learn.fit(steps=steps, minutes=minutes, resume=resume)
     if learn.is_main: _finish(learn, folder, prompt)
@@ -99,6 +103,7 @@ def _finish(learn, folder, prompt):
     f = {k: data.report(getattr(data.floors, k))['bpb'] for k in ('unigram', 'bigram')}
     print(f"bits per byte on the validation text: model {final['bpb']:.3f}   (floors: bigram {f['bigram']:.3f}, unigram {f['unigram']:.3f}); perplexity {final['ppl']:.2f}")
     print(f"{learn.tokens:,} tokens in {learn.elapsed/60:.1f} minutes, {learn.tokens/max(learn.elapsed, 1e-9):,.0f} tokens/s; model, metrics.jsonl and loss.png are in {folder}/\n")
+    if moe_layers(model): print('experts unused on validation text: ' + (', '.join(f'{n} number {e}' for n,e,_ in unused_experts(expert_usage(model, islice(data.valid, 20)))) or 'none') + '\n')
     _write(model, data.tokenizer, prompt, 300, temperature=.8, top_p=.95, seed=0)
     print(f'\n\nmore:  bk_generate {folder}/model --prompt {prompt!r}')
 
@@ -142,6 +147,7 @@ def train_main():
   bk_train --corpus novel.txt --minutes 20        your own text, longer
   bk_train --corpus wikitext-2 --tokenizer bpe    a Hub dataset, sub-word tokens
   bk_train --d_model 256 --n_layers 6 --steps 5000
+  bk_train --experts 4                            a mixture of four experts in every block
   bk_train --resume                               go on after Ctrl-C or a crash
 Bits per byte compare across tokenizers; read them against the floors printed at the start.""")
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HOOKS', 'lm_loss', 'lr_at', 'keep_memory', 'param_groups', 'TrainingMetrics', 'read_metrics', 'Callback',
            'CancelStep', 'CancelFit', 'Learner', 'Evaluator', 'peak_memory_mb', 'Recorder', 'Progress', 'LivePlot',
-           'Timing', 'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint', 'check_checkpoint',
-           'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module', 'NumericalStabilityMonitor']
+           'Timing', 'MoEBalance', 'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint',
+           'check_checkpoint', 'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module',
+           'NumericalStabilityMonitor']
 
 # %% ../nbs/05_learner.ipynb #c0004
 import atexit, copy, ctypes, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time, weakref
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
+from .moe import load_balance_loss, move_bias, moe_layers, router_z_loss, routing_entropy
 
 # %% ../nbs/05_learner.ipynb #c0009
 def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
@@ -680,6 +682,32 @@ class Timing(Callback):
         now = self._now()
         self.learn.log(forward_time_ms=1e3*(now-self.t)); self.t = now
     def after_backward(self): self.learn.log(backward_time_ms=1e3*(self._now()-self.t))
+
+# %% ../nbs/05_learner.ipynb #moe02
+class MoEBalance(Callback):
+    "Adds the load-balance and the router z-loss of every mixture of experts, moves its bias at `bias_rate`, and logs `expert_usage` (a row per layer, summed since the last record) and `routing_entropy`. `ValueError` for a model without experts."
+    order = -15 # before the Recorder
+    def __init__(self, balance:float=0.01, z:float=1e-3, bias_rate:float=0.): store_attr()
+    def before_fit(self):
+        self.layers, self.used = list(moe_layers(self.learn.model).values()), None
+        if not self.layers: raise ValueError('MoEBalance wants a model with experts, e.g. ModelConfig(experts=4)')
+
+    def before_step(self): self.counts = 0
+    def after_loss(self):
+        l, mean = self.learn, lambda f: torch.stack([f(m) for m in self.layers]).mean()
+        l.add_loss('loss_balance', mean(lambda m: load_balance_loss(m.logits, m.counts)), self.balance)
+        l.add_loss('loss_router_z', mean(lambda m: router_z_loss(m.logits)), self.z)
+        l.log(routing_entropy=mean(lambda m: routing_entropy(m.logits.detach())))
+        self.counts = self.counts + torch.stack([m.counts for m in self.layers])
+
+    def after_backward(self):
+        for m in self.layers: m.logits = None # lets the graph go
+
+    def after_step(self):
+        if self.learn.skipped: return
+        self.used = self.counts + (self.used if 'expert_usage' in self.learn.logged else 0)
+        self.learn.log(expert_usage=self.used/self.used.sum(-1, keepdim=True).clamp(min=1))
+        if self.bias_rate: [move_bias(m, c, self.bias_rate) for m,c in zip(self.layers, self.counts)]
 
 # %% ../nbs/05_learner.ipynb #c0137
 def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from huggingface_hub import PyTorchModelHubMixin
 from .bk_core import CppLibrary, CPP_LANES
 from .mixers import BKMixer, BKAttention, ShortConv, Spectrum, CPP_MATH
+from .moe import AnalyticMoELayer, SparseMoE
 
 # %% ../nbs/04_model.ipynb #c0006
 def _diag(cfg, **kw): return BKMixer(cfg.d_model, kind='diag', causal=cfg.causal, **kw)
@@ -45,7 +46,10 @@ class ModelConfig:
     mixer:tuple=('both', 'resolvent') # names in `MIXERS`, one per layer; the last is repeated
     n_heads:int=None            # heads of the attention mixer; None = one per 64 channels
     expand:float=2              # chains per channel in the resolvent mixer
-    ffn_mult:int=0              # hidden width of a feed-forward over D; 0 = no feed-forward
+    ffn_mult:int=0              # hidden width of a feed-forward over D; 0 = no feed-forward (with experts: 4)
+    experts:int=0               # the feed-forward is a mixture of so many experts; 0 = a plain one
+    top_k:int=1                 # experts that each token computes
+    moe_kw:dict=field(default_factory=dict) # further arguments of the mixture, e.g. {'router': 'gumbel'}
     tie:bool=False              # share weights between embedding and output: for large vocabularies
     dropout:float=0.            # on the output of mixer and feed-forward
     causal:bool=True            # False: the seeds' bidirectional encoder
@@ -98,7 +102,7 @@ class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=[
         super().__init__()
         self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
         mixer = make_mixer or (lambda cfg, i: MIXERS[cfg.mixer_of(i)](cfg, **cfg.mixer_kw.get(cfg.mixer_of(i), {})))
-        ffn = make_ffn or (lambda cfg, i: MLP(cfg.d_model, cfg.ffn_mult) if cfg.ffn_mult else None)
+        ffn = make_ffn or (lambda cfg, i: AnalyticMoELayer(cfg.d_model, cfg.experts, cfg.top_k, **{'mult': cfg.ffn_mult or 4, **cfg.moe_kw}) if cfg.experts else MLP(cfg.d_model, cfg.ffn_mult) if cfg.ffn_mult else None)
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(ResNetBKBlock(config.d_model, mixer(config, i), ffn(config, i), config.dropout) for i in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model, bias=False)
@@ -112,6 +116,7 @@ class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=[
             if isinstance(m, nn.Linear):
                 last = name.endswith(('out_proj', 'ffn.2'))            # what is added to the residual stream starts smaller, with depth
                 nn.init.normal_(m.weight, std=.02 if m is self.head else m.in_features**-.5/(math.sqrt(2*len(self.blocks)) if last else 1))
+            if isinstance(m, SparseMoE): m.w2.data /= math.sqrt(2*len(self.blocks))
 
     def forward(self,
         x:Tensor,              # (B, N) token ids

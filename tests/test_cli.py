@@ -18,6 +18,13 @@ def test_train_then_generate(tmp_path):
     b = run('generate', 'bk_run', '--n', '20', '--seed', '1', cwd=tmp_path, input='def f'); assert b.stdout == a.stdout
     assert run('train', '--steps', '2', *small, cwd=tmp_path).returncode == 0 and (tmp_path/'bk_run-2').exists()   # a second run gets a folder of its own
 
+def test_experts(tmp_path):
+    r = run('train', '--steps', '8', '--experts', '4', '--top_k', '2', *small, cwd=tmp_path); assert r.returncode == 0 and 'experts unused' in r.stdout, r.stderr
+    last = json.loads((tmp_path/'bk_run'/'metrics.jsonl').read_text().splitlines()[-1]); assert len(last['expert_usage'][0]) == 4 and last['routing_entropy'] > 0
+    assert json.loads((tmp_path/'bk_run'/'model'/'config.json').read_text())['experts'] == 4
+    assert run('generate', 'bk_run', '--prompt', 'def f', '--n', '5', cwd=tmp_path).stdout.startswith('def f')
+    r = run('train', '--steps', '2', '--experts', '2', '--top_k', '3', *small, cwd=tmp_path); assert r.returncode == 1 and 'top_k' in r.stderr and 'Traceback' not in r.stderr, r.stderr
+
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     p = subprocess.Popen(command('train', '--steps', '100000', *small), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=tmp_path)
     metrics, end = tmp_path/'bk_run'/'metrics.jsonl', time.time() + 120

@@ -31,6 +31,7 @@ def test_every_notebook_shows_something():
 
 @pytest.mark.parametrize('module, names', [
     ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention resolvent_attention'),
+    ('moe', 'SparseMoE AnalyticMoELayer AnalyticMoEFunction validate_analytic_gradients MoEResNetBKLayer'),
     ('model', 'ModelConfig ResNetBK ResNetBKBlock'), ('learner', 'Learner TrainingMetrics NumericalStabilityMonitor'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate')])
 def test_promised_names(module, names):
     m = importlib.import_module(f'resnet_bk.{module}')
