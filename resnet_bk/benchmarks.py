@@ -7,7 +7,7 @@ __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', '
            'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'machine_rates', 'profile', 'step_memory',
            'decode_times', 'feed_forwards', 'equal_time']
 
-# %% ../nbs/15_benchmarks.ipynb #c0003
+# %% ../nbs/15_benchmarks.ipynb #c0004
 import json, math, os, platform, subprocess, sys, time, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
@@ -18,7 +18,7 @@ from .model import ModelConfig, ResNetBK, init_unigram
 from .learner import Learner, MoEBalance, keep_memory
 from .moe import expert_usage, moe_layers, plot_usage, unused_experts
 
-# %% ../nbs/15_benchmarks.ipynb #c0006
+# %% ../nbs/15_benchmarks.ipynb #c0007
 def machine()->str: # one line
     "What the figures were measured on."
     try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
@@ -34,7 +34,7 @@ def table(rows:list, # of dicts with the same keys
     lines = ['  '.join(c[i].ljust(w[j]) if j == 0 else c[i].rjust(w[j]) for j,c in enumerate(cols)) for i in range(len(rows)+1)]
     return '\n'.join(([title] if title else []) + [lines[0], '-'*len(lines[0]), *lines[1:]])
 
-# %% ../nbs/15_benchmarks.ipynb #c0009
+# %% ../nbs/15_benchmarks.ipynb #c0010
 class _SDPA(nn.Module):
     "Causal multi-head attention by `scaled_dot_product_attention`."
     def __init__(self, d, heads):
@@ -58,7 +58,7 @@ class LSTM(nn.Module):
         nn.init.normal_(self.embed.weight, std=.1)
     def forward(self, x): return F.linear(self.lstm(self.embed(x))[0], self.embed.weight, self.bias)
 
-# %% ../nbs/15_benchmarks.ipynb #c0011
+# %% ../nbs/15_benchmarks.ipynb #c0012
 def language_models(vocab_size:int, context:int, d:int=128, layers:int=4)->dict: # name -> function that makes the model
     "ResNet-BK and its rivals at the size of the benchmark."
     return {'ResNet-BK': lambda: ResNetBK(ModelConfig(vocab_size, d, layers)), 'GPT': lambda: GPT(vocab_size, d, layers, context=context),
@@ -72,7 +72,7 @@ def train_once(make, data, steps:int, lr:float, seed:int=0)->dict: # nats, secon
     t = time.perf_counter(); learn.fit(steps=steps); t = time.perf_counter() - t
     return dict(nats=learn.evaluate()['nats'], seconds=t, model=model)
 
-# %% ../nbs/15_benchmarks.ipynb #c0012
+# %% ../nbs/15_benchmarks.ipynb #c0013
 def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:
     "Every model: a short pilot at each learning rate, then the whole run with the best; ours once more with as many steps as fit into each rival's time."
     make, rows = make or language_models(data.vocab_size, data.train.context), []
@@ -90,7 +90,7 @@ def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2, 2e-2
 def with_floors(rows, data): # floors as the last rows of the table
     return rows + [dict(rows[0], model=f'{n} floor', lr='', steps='', seconds='', params='', nats=v, bpb=data.report(v)['bpb']) for n,v in (('bigram', data.floors.bigram), ('unigram', data.floors.unigram))]
 
-# %% ../nbs/15_benchmarks.ipynb #c0021
+# %% ../nbs/15_benchmarks.ipynb #c0022
 class RecallData:
     "Endless recall batches with the interface of `LMData` that `Learner` needs."
     class Stream:
@@ -119,7 +119,7 @@ def recall(make, n_pairs:int, steps:int=1000, lr:float=3e-3, seed:int=0)->float:
 def recall_models(d:int=64, layers:int=2)->dict:
     return {'ResNet-BK': lambda: ResNetBK(ModelConfig(64, d, layers)), 'GPT': lambda: GPT(64, d, layers, context=128), 'LSTM': lambda: LSTM(64, d)}
 
-# %% ../nbs/15_benchmarks.ipynb #c0025
+# %% ../nbs/15_benchmarks.ipynb #c0026
 def train_step(model, B:int, N:int, bf16:bool=False):
     "A function that takes one whole training step of `model` on random tokens (B, N)."
     vocab = model.embed.num_embeddings; x = torch.randint(vocab, (B, N+1)); opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -136,20 +136,20 @@ class MambaLM(nn.Module):
         self.embed, self.mamba, self.norm, self.bias = nn.Embedding(vocab_size, d_model), Mamba(MambaConfig(d_model=d_model, n_layers=n_layers)), nn.RMSNorm(d_model), nn.Parameter(torch.zeros(vocab_size))
     def forward(self, x): return F.linear(self.norm(self.mamba(self.embed(x))), self.embed.weight, self.bias)
 
-# %% ../nbs/15_benchmarks.ipynb #c0028
+# %% ../nbs/15_benchmarks.ipynb #c0029
 def layer_step(layer, B, N, d=128):
     "A function that runs `layer` forward and backward on (B, N, d)."
     x, ct = torch.randn(B, N, d, requires_grad=True), torch.randn(B, N, d); ps = [p for p in layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), [x, *ps], ct)
 
-# %% ../nbs/15_benchmarks.ipynb #c0031
+# %% ../nbs/15_benchmarks.ipynb #c0032
 def machine_rates()->dict: # GB/s and GFLOP/s
     "Copy bandwidth (bytes read plus written) and matrix-product rates of this machine, all threads."
     a, b = torch.randn(2**25), torch.empty(2**25); x, w = torch.randn(8192, 512), torch.randn(512, 512); xb, wb = x.bfloat16(), w.bfloat16()
     t = time_together({'copy': lambda: b.copy_(a), 'f32': lambda: F.linear(x, w), 'bf16': lambda: F.linear(xb, wb)}, 9); flops = 2*8192*512*512
     return {'copy GB/s': 2*a.numel()*4/t['copy']/1e6, 'float32 GFLOP/s': flops/t['f32']/1e6, 'bfloat16 GFLOP/s': flops/t['bf16']/1e6}
 
-# %% ../nbs/15_benchmarks.ipynb #c0037
+# %% ../nbs/15_benchmarks.ipynb #c0038
 def profile(f, n:int=5, top:int=12)->str:
     "Where a function's time goes: `torch.profiler`, self CPU time, the largest entries in per cent."
     f()
@@ -158,7 +158,7 @@ def profile(f, n:int=5, top:int=12)->str:
     ev = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total); total = sum(e.self_cpu_time_total for e in ev)
     return table([{'operation': e.key[:48], 'ms': e.self_cpu_time_total/1e3/n, 'share %': 100*e.self_cpu_time_total/total} for e in ev[:top]])
 
-# %% ../nbs/15_benchmarks.ipynb #c0041
+# %% ../nbs/15_benchmarks.ipynb #c0042
 _memory_code = '''
 import sys, torch
 from resnet_bk.model import ModelConfig, ResNetBK
@@ -177,7 +177,7 @@ def step_memory(n:int, recompute:bool=False)->int: # bytes
     if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {r.stderr.strip().splitlines()[-1:] or r.returncode}')
     return int(r.stdout)
 
-# %% ../nbs/15_benchmarks.ipynb #c0044
+# %% ../nbs/15_benchmarks.ipynb #c0045
 def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->dict: # context -> ms per token
     "Milliseconds per decoded token after contexts of several lengths, measured in turns, median."
     state, vocab = {}, model.config.vocab_size; model.eval()
@@ -191,7 +191,7 @@ def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->di
             for _ in range(tokens): l, s = model.step(t, s); t = l.argmax(-1)
         return {n: t/tokens for n,t in time_together({n: (lambda n=n: run(n)) for n in contexts}, rounds).items()}
 
-# %% ../nbs/15_benchmarks.ipynb #moe02
+# %% ../nbs/15_benchmarks.ipynb #c0049
 def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict: # name -> (function that makes the model, callback or None)
     "The default model without feed-forward, with a dense one, and with mixtures of experts."
     make = lambda **kw: lambda: ResNetBK(ModelConfig(vocab_size, d, layers, **kw))

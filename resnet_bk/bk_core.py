@@ -9,13 +9,13 @@ __all__ = ['CPP_STEPS', 'CPP_LANES', 'CPP_STREAMS', 'CPP_DRIVER', 'CPP_SCAN', 'C
            'solve_backward_op', 'resolvent_diag', 'resolvent_mix', 'get_tridiagonal_inverse_diagonal',
            'vmapped_get_diag', 'time_together']
 
-# %% ../nbs/01_bk_core.ipynb #c0003
+# %% ../nbs/01_bk_core.ipynb #c0004
 import ctypes, hashlib, importlib, inspect, os, platform, shutil, sys, tempfile, threading, time, warnings
 from pathlib import Path
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_bk_core.ipynb #c0006
+# %% ../nbs/01_bk_core.ipynb #c0007
 def dense_resolvent(
     v:Tensor,           # (B, N, C) real potential, in units of the hopping
     z,                  # complex scalar or (C,): energy + i·width
@@ -30,7 +30,7 @@ def dense_resolvent(
     off = torch.diag_embed(t.movedim(1,2).to(a.dtype), 1)
     return torch.linalg.inv(torch.diag_embed(a.movedim(1,2)) + off + off.mT)
 
-# %% ../nbs/01_bk_core.ipynb #c0018
+# %% ../nbs/01_bk_core.ipynb #c0019
 def _diagonal(v, w, E, eta): # a_i of H - z; parts that are None are 0
     a = -2 - torch.complex(E, eta)
     if v is not None: a = a + v
@@ -54,7 +54,7 @@ def _scan_ref(v, w, u, E, eta, hop, g, y, shape, rev=False):
     stack = lambda x: torch.stack(x, 1) if N else a.new_zeros(B, 0, C)
     return stack(gs), stack(ys) if u is not None else a.new_empty(0)
 
-# %% ../nbs/01_bk_core.ipynb #c0019
+# %% ../nbs/01_bk_core.ipynb #c0020
 def _diag_ref(v, w, E, eta, hop, shape):
     "Two-sided: `G_ii = gl/(1 - gl t² gr_{i+1})` from the pivots of both directions; also both pivots."
     gl = _scan_ref(v, w, None, E, eta, hop, None, None, shape)[0]
@@ -63,7 +63,7 @@ def _diag_ref(v, w, E, eta, hop, shape):
     right = torch.cat([k*gr[:,1:], torch.zeros_like(gr[:,:1])], 1)
     return gl/(1 - gl*right), gl, gr
 
-# %% ../nbs/01_bk_core.ipynb #c0026
+# %% ../nbs/01_bk_core.ipynb #c0027
 def _solve_ref(v, w, u, E, eta, hop, shape):
     g, y = _scan_ref(v, w, u, E, eta, hop, None, None, shape)
     return _back_substitute(g, y, hop), g
@@ -73,7 +73,7 @@ def _back_substitute(g, y, hop):
     for i in reversed(range(N)): Y = out[i] = y[:,i] - g[:,i]*Y*(1. if hop is None or i == N-1 else hop[:,i])
     return torch.stack(out, 1) if N else y.clone()
 
-# %% ../nbs/01_bk_core.ipynb #c0029
+# %% ../nbs/01_bk_core.ipynb #c0030
 def _scan_backward_ref(g, y, gy, gg, hop, shape):
     "Adjoint sweep. Returns P and Λ of every token (P empty without y)."
     B,N,C = shape
@@ -91,7 +91,7 @@ def _scan_backward_ref(g, y, gy, gg, hop, shape):
     stack = lambda x: torch.stack(x, 1) if N else g.new_zeros(B, 0, C)
     return stack(Ps) if gy is not None else None, stack(Ls)
 
-# %% ../nbs/01_bk_core.ipynb #c0031
+# %% ../nbs/01_bk_core.ipynb #c0032
 def _diag_backward_ref(gl, gr, G, gG, hop):
     "Adjoint of the two-sided diagonal: Λ and the gradient of the hopping."
     N = G.shape[1]
@@ -105,7 +105,7 @@ def _diag_backward_ref(gl, gr, G, gG, hop):
     t = 1. if hop is None else hop
     return lam + rho - q, -2*t*(lam[:,1:]*gl[:,:-1].conj() + rho[:,:-1]*gr[:,1:].conj()).real
 
-# %% ../nbs/01_bk_core.ipynb #c0032
+# %% ../nbs/01_bk_core.ipynb #c0033
 def _solve_backward_ref(g, Y, gY, hop):
     "Adjoint of the full solve: cotangent of u, Λ, gradient of the hopping."
     N = Y.shape[1]; p, ps, gc = 0, [None]*N, g.conj()
@@ -114,7 +114,7 @@ def _solve_backward_ref(g, Y, gY, hop):
     s = _back_substitute(gc, torch.stack(ps, 1), hop)
     return s, -s*Y.conj(), -(s[:,:-1]*Y[:,1:].conj() + s[:,1:]*Y[:,:-1].conj()).real
 
-# %% ../nbs/01_bk_core.ipynb #c0039
+# %% ../nbs/01_bk_core.ipynb #c0040
 CPP_STEPS = r'''
 #ifdef __CUDACC__
 #define BK_HD __host__ __device__ __forceinline__
@@ -141,7 +141,7 @@ template <class V> BK_HD Complex<V> diag_source(Complex<V> Gc, Complex<V> gG) { 
 template <class V> BK_HD Complex<V> solve_step(Complex<V> y, Complex<V> g, Complex<V> Y, V t) { return y - g * (Y * t); }                              // Y = y - g t Y
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0041
+# %% ../nbs/01_bk_core.ipynb #c0042
 CPP_LANES = CPP_STEPS + r'''
 #include <cstdint>
 #include <cstring>
@@ -181,7 +181,7 @@ template <int W> struct Shuffle;                      // interleaved (re, im, re
   template <class V> static V low(V a, V b) { return __builtin_shufflevector(a, b, L); } template <class V> static V high(V a, V b) { return __builtin_shufflevector(a, b, H); } };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0042
+# %% ../nbs/01_bk_core.ipynb #c0043
 CPP_LANES += r'''
 #define LIST(...) __VA_ARGS__
 SHUFFLE(2, LIST(0,2), LIST(1,3), LIST(0,2), LIST(1,3))
@@ -204,7 +204,7 @@ template <class A, class T> static inline void stc(T* p, Cx<A> z) {
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0044
+# %% ../nbs/01_bk_core.ipynb #c0045
 CPP_STREAMS = r'''
 // A stream is a (B, rows, C) tensor in memory: pointer, batch and row strides (0 = broadcast), 1 real or 2 interleaved parts,
 // and the value read outside its rows (also everywhere if the tensor is absent).
@@ -242,7 +242,7 @@ template <class T> Rows<T> fetch(Ctx<T>& x, const Stream<T>& s, I shift = 0) {
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0045
+# %% ../nbs/01_bk_core.ipynb #c0046
 CPP_STREAMS += r'''
 template <class T> Rows<T> target(Ctx<T>& x, const Stream<T>& s, I shift = 0) {   // where to write; flush() scatters what was staged
   const Tile<T>& l = *x.tile; I lo = l.n0[0] + x.t0 + shift, hi = l.n0[0] + x.t1 + shift;
@@ -260,7 +260,7 @@ template <class T> void flush(Ctx<T>& x, const Stream<T>& s, Rows<T> o, I shift 
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0047
+# %% ../nbs/01_bk_core.ipynb #c0048
 CPP_DRIVER = r'''
 template <class T> struct Job {                       // shape, spectral parameter, and how the chains are cut into lanes
   I B, N, C, K, len; int threads; const T *E, *eta; I pad = 0;   // K chunks of `len` rows each, `pad` empty rows before the first
@@ -284,7 +284,7 @@ template <class T> std::vector<Tile<T>> tiles_of(const Job<T>& j, int W) {
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0048
+# %% ../nbs/01_bk_core.ipynb #c0049
 CPP_DRIVER += r'''
 // Runs one kernel over all tiles: blocks of rows outside, the tiles of a task inside (so that memory is touched row by row), tasks over threads.
 template <class T, bool REV, class Body> void run(const Job<T>& j, const Body& body) {
@@ -322,7 +322,7 @@ template <class A, class T> static inline void scatter(T* z, const Tile<T>& l, C
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0050
+# %% ../nbs/01_bk_core.ipynb #c0051
 CPP_SCAN = r'''
 template <class A> struct Energy { typename Simd<A>::V e, eta; };
 template <class A, class T> static inline Energy<A> energy(const Job<T>& j, const Tile<T>& l) {
@@ -357,7 +357,7 @@ template <class T, bool REV> struct Scan { typedef double A; typedef typename Si
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0052
+# %% ../nbs/01_bk_core.ipynb #c0053
 CPP_ASSOCIATIVE = r'''
 // The same map for a chunk whose incoming state is not known yet: with g = q/p and y = s/p the step is linear,
 // (p, q, s) -> (a p - t^2 q, p, u p - t s). Two complex columns and one real factor describe a whole chunk.
@@ -398,7 +398,7 @@ template <class T, bool REV> struct Chunk { typedef double A; typedef typename S
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0053
+# %% ../nbs/01_bk_core.ipynb #c0054
 CPP_ASSOCIATIVE += r'''
 // When it pays: chains too few to fill the lanes of all threads.
 template <class T> void plan(Job<T>& j) {
@@ -433,7 +433,7 @@ template <class T, bool REV> void scan_chunks(Job<T> j, Scan<T, REV> s) {
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0055
+# %% ../nbs/01_bk_core.ipynb #c0056
 CPP_AFFINE = r'''
 // Every other sweep is linear in its carried state (X complex numbers), so a chunk is known from X + 1 silent runs: from zero and from each unit.
 template <class T, bool REV, class Body> void affine_chunks(const Job<T>& j, Body body) {
@@ -470,7 +470,7 @@ struct Sums {                                          // double sums per lane: 
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0057
+# %% ../nbs/01_bk_core.ipynb #c0058
 CPP_SCAN_BACKWARD = r'''
 // P_i = conj(g_i) (gy_i - t P_{i+1}),  L_i = -conj(y_i) P_i + conj(g_i)^2 (t^2 L_{i+1} - gg_i);  du = Re P, dv = Re L, dw = -Im L.
 template <class T, class Arith> struct ScanBack { typedef Arith A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W };
@@ -500,7 +500,7 @@ template <class T, class Arith> struct ScanBack { typedef Arith A; typedef typen
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0059
+# %% ../nbs/01_bk_core.ipynb #c0060
 CPP_TWO_SIDED_BACKWARD = r'''
 // Diagonal: q = -conj(G)^2 gG; lambda runs right to left over gl, rho left to right over gr; da = lambda + rho - q.
 template <class T> struct DiagLambda { typedef T A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W };
@@ -521,7 +521,7 @@ template <class T> struct DiagLambda { typedef T A; typedef typename Simd<A>::V 
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0060
+# %% ../nbs/01_bk_core.ipynb #c0061
 CPP_TWO_SIDED_BACKWARD += r'''
 template <class T> struct DiagRho { typedef T A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W };
   enum { X = 1 }; 
@@ -547,7 +547,7 @@ template <class T> struct DiagRho { typedef T A; typedef typename Simd<A>::V V; 
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0061
+# %% ../nbs/01_bk_core.ipynb #c0062
 CPP_TWO_SIDED_BACKWARD += r'''
 // Full solve: back substitution Y_i = y_i - g_i t_i Y_{i+1}; its adjoint is the same solve with conjugated pivots.
 template <class T, bool CONJ> struct BackSub { typedef T A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W };
@@ -579,7 +579,7 @@ template <class T, bool CONJ> struct BackSub { typedef T A; typedef typename Sim
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0062
+# %% ../nbs/01_bk_core.ipynb #c0063
 CPP_TWO_SIDED_BACKWARD += r'''
 template <class T> struct Eliminate { typedef T A; typedef typename Simd<A>::V V; enum { W = Simd<A>::W }; // p_i = conj(g_i) (gY_i - t p_{i-1})
   enum { X = 1 }; Stream<T> g, gY, hop, p; T *in, *out; I lanes;
@@ -598,7 +598,7 @@ template <class T> struct Eliminate { typedef T A; typedef typename Simd<A>::V V
 };
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0064
+# %% ../nbs/01_bk_core.ipynb #c0065
 CPP_ENTRY = r'''
 // Arguments arrive as one array of 64-bit integers: B, N, C, threads, off, E, eta, then per tensor (pointer, batch stride, row stride, rows).
 template <class T> struct Args {
@@ -631,7 +631,7 @@ template <class T> int scan_backward(const I* a) {    // g y gy gg hop dv dw du 
 }
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0065
+# %% ../nbs/01_bk_core.ipynb #c0066
 CPP_ENTRY += r'''
 template <class T> int diag(const I* a) {             // v w hop gl gr G
   Args<T> r = {a}; Job<T> j = r.job(); int bad = 0; Stream<T> none = {}; none.parts = 2; Stream<T> none1 = {}; none1.parts = 1;
@@ -667,7 +667,7 @@ template <class T> int solve_backward(const I* a) {   // g Y gY hop p dv dw du d
 ENTRY(scan) ENTRY(scan_backward) ENTRY(diag) ENTRY(diag_backward) ENTRY(solve) ENTRY(solve_backward)
 '''
 
-# %% ../nbs/01_bk_core.ipynb #c0067
+# %% ../nbs/01_bk_core.ipynb #c0068
 _FLAGS = ['-O3', '-std=c++17', '-fopenmp', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-ffp-contract=fast',
           '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native']
 
@@ -692,7 +692,7 @@ def _build(path, source):
         finally: os.environ['PATH'] = old
         os.replace(next(Path(tmp).glob('*.so')), path)
 
-# %% ../nbs/01_bk_core.ipynb #c0068
+# %% ../nbs/01_bk_core.ipynb #c0069
 class CppLibrary:
     "Plain C++ compiled at the first `load`, kept in a cache, called through ctypes."
     def __init__(self, name:str, source:str): self.name, self.source, self._lock, self._lib = name, source, threading.Lock(), ...
@@ -716,7 +716,7 @@ class CppLibrary:
 
 CORE = CppLibrary('bk_core', ''.join([CPP_LANES, CPP_STREAMS, CPP_DRIVER, CPP_SCAN, CPP_ASSOCIATIVE, CPP_AFFINE, CPP_SCAN_BACKWARD, CPP_TWO_SIDED_BACKWARD, CPP_ENTRY]))
 
-# %% ../nbs/01_bk_core.ipynb #c0071
+# %% ../nbs/01_bk_core.ipynb #c0072
 def _stream(t, parts=1): # (B, rows, C) tensor -> pointer, batch stride, row stride, rows (strides in reals)
     return (0, 0, 0, 0) if t is None else (t.data_ptr(), t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
 
@@ -738,7 +738,7 @@ def _raise(bad, eta, w, hop):
     if neg(w): raise ValueError(f'absorb must be ≥ 0 everywhere; its smallest entry is {w.min().item():.3g}')
     if neg(hop): raise ValueError(f'hop must be ≥ 0 everywhere; its smallest entry is {hop.min().item():.3g}')
 
-# %% ../nbs/01_bk_core.ipynb #c0073
+# %% ../nbs/01_bk_core.ipynb #c0074
 BACKENDS = {}   # name -> backend; the default for a device is chosen in `_backend`
 
 class Reference:
@@ -768,7 +768,7 @@ def _in_double(f, args):
 def _fold_sums(L): return -L.real.sum((0,1)), -L.imag.sum((0,1))
 BACKENDS['reference'] = Reference
 
-# %% ../nbs/01_bk_core.ipynb #c0074
+# %% ../nbs/01_bk_core.ipynb #c0075
 class Cpp:
     "The compiled kernel: float32 and float64 on the CPU."
     def scan(v, w, u, E, eta, hop, g0, y0, shape):
@@ -789,7 +789,7 @@ class Cpp:
         if dhop is not None: dhop = dhop[:,-(shape[1]-1):] if shape[1] > 1 else dhop[:,:0]
         return dv, dw, du, dhop, *(x.to(g.real.dtype, copy=True) for x in sums), ends[1][:,None], ends[0][:,None]
 
-# %% ../nbs/01_bk_core.ipynb #c0075
+# %% ../nbs/01_bk_core.ipynb #c0076
 def _diag_cpp(v, w, E, eta, hop, shape, keep=True): # keep=False: no pivots for a backward pass; the left ones pass through G's own memory
     G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device); gl, gr = (torch.empty_like(G), torch.empty_like(G)) if keep else (G, None)
     _raise(_call('diag', shape, E.dtype, E, eta, 0, _stream(v), _stream(w), _stream(hop), _stream(gl, 2), _stream(gr, 2), _stream(G, 2)), eta, w, hop)
@@ -819,7 +819,7 @@ def _solve_backward_cpp(g, Y, gY, hop, shape, need):
 for name,f in dict(diag=_diag_cpp, diag_backward=_diag_backward_cpp, solve=_solve_cpp, solve_backward=_solve_backward_cpp).items(): setattr(Cpp, name, f)
 BACKENDS['cpp'] = Cpp
 
-# %% ../nbs/01_bk_core.ipynb #c0076
+# %% ../nbs/01_bk_core.ipynb #c0077
 _PLUGINS = dict(cuda='hardware')   # backends that a module of this package brings; looked for when the first tensor of that device comes, so nothing here depends on it
 
 def _cuda():
@@ -846,11 +846,11 @@ def _checked(name, x, eta, w, hop): # the compiled kernels look while they compu
 def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is None else x
 def _cont(*ts): return [_lanes(t) for t in ts]
 
-# %% ../nbs/01_bk_core.ipynb #c0078
+# %% ../nbs/01_bk_core.ipynb #c0079
 from typing import Optional, List, Tuple
 OptT = Optional[Tensor]
 
-# %% ../nbs/01_bk_core.ipynb #c0079
+# %% ../nbs/01_bk_core.ipynb #c0080
 def _scan(v, w, u, E, eta, hop, g0, y0, backend):
     shape = list(next(t for t in (v, w, u) if t is not None).shape)
     return _checked(backend, E, eta, w, hop).scan(*_cont(v, w, u), E.contiguous(), eta.contiguous(), _lanes(hop), *(t if t is None else t.contiguous() for t in (g0, y0)), shape)
@@ -882,7 +882,7 @@ def scan_backward_op(g:Tensor, y:Tensor, gy:OptT, gg:OptT, hop:OptT, g0:OptT, y0
     return (_empty(g, dv if need[0] else None, real), _empty(g, dw if need[1] else None, real), _empty(g, du if need[2] else None, real), _empty(g, dhop if need[3] else None, real),
             dE, deta, -t*t*L0, -t*P0)
 
-# %% ../nbs/01_bk_core.ipynb #c0080
+# %% ../nbs/01_bk_core.ipynb #c0081
 @scan_backward_op.register_fake
 def _(g, y, gy, gg, hop, g0, y0, need, backend):
     real = g.real.dtype; e = lambda k: g.new_empty(g.shape if need[k] else 0, dtype=real)
@@ -907,7 +907,7 @@ def _scan_autograd(ctx, gg, gy):
 
 torch.library.register_autograd('resnet_bk::scan', _scan_autograd, setup_context=_scan_setup)
 
-# %% ../nbs/01_bk_core.ipynb #c0082
+# %% ../nbs/01_bk_core.ipynb #c0083
 def _diag(v, w, E, eta, hop, backend, keep=True):
     shape = list((v if v is not None else w).shape)
     return _checked(backend, E, eta, w, hop).diag(*_cont(v, w), E.contiguous(), eta.contiguous(), _lanes(hop), shape, keep)
@@ -933,7 +933,7 @@ def _(gl, gr, G, gG, hop, need, backend):
     real = G.real.dtype; shapes = [G.shape, G.shape, None if hop is None else hop.shape]
     return *(G.new_empty(s if k else 0, dtype=real) for s,k in zip(shapes, need)), G.new_empty(G.shape[2], dtype=real), G.new_empty(G.shape[2], dtype=real)
 
-# %% ../nbs/01_bk_core.ipynb #c0083
+# %% ../nbs/01_bk_core.ipynb #c0084
 def _diag_setup(ctx, inputs, output):
     G, gl, gr = output
     ctx.mark_non_differentiable(gl, gr); ctx.set_materialize_grads(False)
@@ -947,7 +947,7 @@ def _diag_autograd(ctx, gG, _l, _r):
 
 torch.library.register_autograd('resnet_bk::diag', _diag_autograd, setup_context=_diag_setup)
 
-# %% ../nbs/01_bk_core.ipynb #c0084
+# %% ../nbs/01_bk_core.ipynb #c0085
 @torch.library.custom_op('resnet_bk::solve', mutates_args=())
 def solve_op(v:OptT, w:OptT, u:Tensor, E:Tensor, eta:Tensor, hop:OptT, backend:str) -> Tuple[Tensor, Tensor]:
     "Full solve (H - z) Y = u and the left pivots; complex (B, N, C)."
@@ -979,7 +979,7 @@ def _solve_autograd(ctx, gY, _g):
 
 torch.library.register_autograd('resnet_bk::solve', _solve_autograd, setup_context=_solve_setup)
 
-# %% ../nbs/01_bk_core.ipynb #c0086
+# %% ../nbs/01_bk_core.ipynb #c0087
 def _vmap_rule(op):
     def rule(info, in_dims, *args):
         V = info.batch_size
@@ -994,7 +994,7 @@ def _vmap_rule(op):
 
 for _op in (scan_op, scan_backward_op, diag_op, diag_backward_op, solve_op, solve_backward_op): torch.library.register_vmap(_op, _vmap_rule(_op))
 
-# %% ../nbs/01_bk_core.ipynb #c0088
+# %% ../nbs/01_bk_core.ipynb #c0089
 def _inputs(v, u, z, absorb, hop, state=None):
     "Check and bring to one float type: (v, u, E, eta, absorb, hop), each (B, N, C), (C,) or None."
     given = [(n,t) for n,t in (('v',v), ('u',u), ('absorb',absorb)) if t is not None]
@@ -1026,7 +1026,7 @@ def _hop(hop, shape, dt, dev, state):
     if hop.ndim == 3 and hop.shape[1] in bonds and hop.shape[0] in (1, B) and hop.shape[2] in (1, C): return hop.to(dt).expand(B, hop.shape[1], C)
     raise ValueError(f'hop must be a scalar, ({C},) or (B, N-1, C) = {(B, max(N-1,0), C)}{" or, with a state, (B, N, C)" if state else ""}; got {tuple(hop.shape)}')
 
-# %% ../nbs/01_bk_core.ipynb #c0089
+# %% ../nbs/01_bk_core.ipynb #c0090
 def _state(state, x):
     B,N,C = x.shape
     for s in state:
@@ -1056,7 +1056,7 @@ def resolvent_diag(
     if causal: return (_scan if plain else scan_op)(v, w, None, E, eta, hop, state, None, backend or '')[0]
     return _diag(v, w, E, eta, hop, backend or '', keep=False)[0] if plain else diag_op(v, w, E, eta, hop, backend or '')[0]
 
-# %% ../nbs/01_bk_core.ipynb #c0092
+# %% ../nbs/01_bk_core.ipynb #c0093
 def resolvent_mix(
     v:Tensor,           # (B, N, C) real potential; None = 0
     u:Tensor,           # (B, N, C) real values to mix
@@ -1082,7 +1082,7 @@ def resolvent_mix(
     if N: return y, (g[:,-1], y[:,-1])
     return y, state or (g.new_zeros(B, C), g.new_zeros(B, C))
 
-# %% ../nbs/01_bk_core.ipynb #c0119
+# %% ../nbs/01_bk_core.ipynb #c0120
 def get_tridiagonal_inverse_diagonal(
     a:Tensor, # (N,) main diagonal
     b:Tensor, # (N-1,) super-diagonal
@@ -1108,7 +1108,7 @@ def vmapped_get_diag(
     for i in reversed(range(len(l))): r[i] = d[:,i] - (k[:,i]/r[i+1] if i < len(l)-1 else 0)
     return 1/(torch.stack(l, 1) + torch.stack(r, 1) - d)
 
-# %% ../nbs/01_bk_core.ipynb #c0122
+# %% ../nbs/01_bk_core.ipynb #c0123
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds

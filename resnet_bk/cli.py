@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bk_train', 'bk_generate', 'train_main', 'generate_main']
 
-# %% ../nbs/14_cli.ipynb #c0003
+# %% ../nbs/14_cli.ipynb #c0004
 import argparse, contextlib, json, sys, torch
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from .model import ModelConfig, ResNetBK
 from .learner import Learner, MoEBalance, NumericalStabilityMonitor
 from .moe import expert_usage, moe_layers, unused_experts
 
-# %% ../nbs/14_cli.ipynb #c0006
+# %% ../nbs/14_cli.ipynb #c0007
 def _run(func, prog, examples):
     "Parse the command line for `func` and call it; a mistake of the user's is one line, not a traceback."
     p = anno_parser(func, prog=prog)
@@ -24,7 +24,7 @@ def _run(func, prog, examples):
     try: return func(**args)
     except (ValueError, OSError, ImportError) as e: sys.exit(f'{prog}: {e}')
 
-# %% ../nbs/14_cli.ipynb #c0008
+# %% ../nbs/14_cli.ipynb #c0009
 _fixed = ('corpus', 'tokenizer', 'vocab_size', 'd_model', 'n_layers', 'mixer', 'n_heads', 'experts', 'top_k', 'batch_size', 'context', 'lr', 'seed')   # what a resumed run takes from the run before
 
 def _new_folder():
@@ -38,7 +38,7 @@ def _last_folder():
     if not runs: raise ValueError('nothing to resume: no folder bk_run* with a run here; name one with --folder')
     return runs[-1].parent
 
-# %% ../nbs/14_cli.ipynb #c0009
+# %% ../nbs/14_cli.ipynb #c0010
 def bk_train(
     corpus:str='stdlib',    # 'stdlib' (Python's own source text, always there), a file or folder, 'wikitext-2', 'wikitext-103', 'tinyshakespeare' or any Hub text dataset
     tokenizer:str='bytes',  # 'bytes', 'chars', 'words' or 'bpe'
@@ -75,7 +75,7 @@ def bk_train(
     if learn.is_main: _finish(learn, folder, prompt)
     return learn
 
-# %% ../nbs/14_cli.ipynb #c0010
+# %% ../nbs/14_cli.ipynb #c0011
 def _saved_run(folder):
     try: return json.loads((folder/'run.json').read_text())
     except FileNotFoundError: raise ValueError(f'{folder} holds no run to resume (no run.json in it)') from None
@@ -93,7 +93,7 @@ def _announce(args, data, model, folder, minutes, steps):
     print(f"model: {model.n_params()/1e6:.2f} M parameters, {args['n_layers']} layers, d={args['d_model']}; {args['batch_size']}×{args['context']} tokens a step, {budget}, into {folder}/")
     print(data.floors.table(), flush=True)
 
-# %% ../nbs/14_cli.ipynb #c0012
+# %% ../nbs/14_cli.ipynb #c0013
 def _finish(learn, folder, prompt):
     if learn.interrupted:
         print(f'stopped at step {learn.step}; go on with:  bk_train --resume --folder {folder}'); return
@@ -121,7 +121,7 @@ def _write(model, tok, prompt, n, out=None, **kw):
 
 def _and_first(it): yield None; yield from it
 
-# %% ../nbs/14_cli.ipynb #c0017
+# %% ../nbs/14_cli.ipynb #c0020
 def bk_generate(
     folder:str,              # what bk_train saved (bk_run/model, or bk_run)
     prompt:str=None,         # how the text begins; without it, standard input is read
@@ -140,7 +140,7 @@ def bk_generate(
     _write(model, load_tokenizer(folder), prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     print()
 
-# %% ../nbs/14_cli.ipynb #c0020
+# %% ../nbs/14_cli.ipynb #c0023
 def train_main():
     "Console entry of `bk_train`."
     _run(bk_train, 'bk_train', """  bk_train                                        three minutes on Python's own source text

@@ -7,7 +7,7 @@ __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer',
            'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'bits_per_byte', 'Floors',
            'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
 
-# %% ../nbs/00_data.ipynb #c0004
+# %% ../nbs/00_data.ipynb #c0005
 import hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
 import numpy as np, torch
 from collections import Counter
@@ -17,7 +17,7 @@ from pathlib import Path
 from fastcore.basics import patch, store_attr
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_data.ipynb #c0008
+# %% ../nbs/00_data.ipynb #c0009
 @dataclass
 class Corpus:
     "A text as bytes, cut into a part to train on and a part to validate on; `sources` holds (file, where it begins in train+valid)."
@@ -28,7 +28,7 @@ class Corpus:
 
     def __repr__(self): return f'Corpus({self.name!r}, train {len(self.train):,} bytes, valid {len(self.valid):,} bytes)'
 
-# %% ../nbs/00_data.ipynb #c0011
+# %% ../nbs/00_data.ipynb #c0012
 def split_bytes(raw:bytes,           # the whole text
                 valid_frac:float=0.1 # fraction kept, at the end, for validation
                )->tuple:             # (train, valid)
@@ -39,7 +39,7 @@ def split_bytes(raw:bytes,           # the whole text
         if 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80: cut -= 1
     return raw[:cut], raw[cut:]
 
-# %% ../nbs/00_data.ipynb #c0015
+# %% ../nbs/00_data.ipynb #c0016
 @patch
 def text(self:Corpus,
          split:str='train' # 'train' or 'valid'
@@ -52,7 +52,7 @@ def text(self:Corpus,
         raise ValueError(f"{file}: byte {at-start} (0x{e.object[e.start]:02x}) is not UTF-8; "
                          "convert the file, or use tokenizer='bytes', which takes any bytes") from None
 
-# %% ../nbs/00_data.ipynb #c0018
+# %% ../nbs/00_data.ipynb #c0019
 _not_prose = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'idlelib', 'lib2to3',
               'encodings', 'pydoc_data', 'lib-dynload', 'ensurepip', 'turtledemo', '__phello__'}
 
@@ -64,7 +64,7 @@ def _stdlib_files():
         found += [Path(folder)/f for f in files if f.endswith('.py') and not f.startswith('_sysconfigdata')]
     return sorted(found, key=lambda f: hashlib.blake2b(f.relative_to(root).as_posix().encode()).digest())
 
-# %% ../nbs/00_data.ipynb #c0019
+# %% ../nbs/00_data.ipynb #c0020
 def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
                   max_bytes:int=4_000_000 # stop before the file that would pass this
                  )->Corpus:               # named after the running Python's version
@@ -77,7 +77,7 @@ def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
     if not at: raise FileNotFoundError(f"no standard library source in {sysconfig.get_paths()['stdlib']}: give the path of a text file or folder instead")
     return Corpus('stdlib-' + '.'.join(map(str, sys.version_info[:3])), *split_bytes(b''.join(parts), valid_frac), sources)
 
-# %% ../nbs/00_data.ipynb #c0022
+# %% ../nbs/00_data.ipynb #c0023
 def _read_path(path, valid_frac):
     "A file, or every text file under a folder, as one corpus."
     if path.is_file(): files = [path]
@@ -91,7 +91,7 @@ def _read_path(path, valid_frac):
     if not at: raise ValueError(f'{path} ' + ('is empty' if path.is_file() else 'holds no text files') + ': there is nothing to learn from')
     return Corpus(path.stem if path.is_file() else path.name, *split_bytes(b''.join(parts), valid_frac), sources)
 
-# %% ../nbs/00_data.ipynb #c0024
+# %% ../nbs/00_data.ipynb #c0025
 _short = {'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1', 'wikitext-103': 'Salesforce/wikitext:wikitext-103-v1',
           'tinyshakespeare': 'karpathy/tiny_shakespeare@refs/convert/parquet'}
 _hub_name = re.compile(r'([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@(\S+))?')
@@ -105,7 +105,7 @@ def _column(ds, repo, end='\n'):
     rows = (t or '' for b in ds.select_columns([col]).iter(10_000) for t in b[col])
     return ''.join(t if t.endswith(end) else t + end for t in rows).encode()
 
-# %% ../nbs/00_data.ipynb #c0025
+# %% ../nbs/00_data.ipynb #c0026
 def _from_splits(dd, repo, name, valid_frac):
     "Corpus from {split: dataset}: its own train and validation, or else a contiguous cut of `train`."
     valid = next((dd[k] for k in ('validation', 'valid', 'val', 'dev') if k in dd), None)
@@ -116,7 +116,7 @@ def _from_splits(dd, repo, name, valid_frac):
     if valid is None: return Corpus(name, *split_bytes(_column(dd['train'], repo), valid_frac))
     return Corpus(name, _column(dd['train'], repo), _column(valid, repo))
 
-# %% ../nbs/00_data.ipynb #c0030
+# %% ../nbs/00_data.ipynb #c0031
 def _load_hub(name, valid_frac):
     "A Hub dataset as a `Corpus`; fails fast, in one line, where the Hub cannot be reached and the dataset is not in the local cache."
     import datasets, huggingface_hub
@@ -137,7 +137,7 @@ def _load_hub(name, valid_frac):
     finally: datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = was
     return _from_splits(dd, repo, name, valid_frac)
 
-# %% ../nbs/00_data.ipynb #c0032
+# %% ../nbs/00_data.ipynb #c0033
 def load_corpus(name='stdlib',        # 'stdlib', a path, 'wikitext-2', 'wikitext-103', 'tinyshakespeare' or a Hub dataset 'owner/name[:config][@revision]'
                 valid_frac:float=0.1  # fraction kept for validation where the text has no split of its own
                )->Corpus:             # the text
@@ -153,7 +153,7 @@ def load_corpus(name='stdlib',        # 'stdlib', a path, 'wikitext-2', 'wikitex
         raise FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or folder, or a Hub dataset such as 'wikitext-2'")
     return _load_hub(name, valid_frac)
 
-# %% ../nbs/00_data.ipynb #c0043
+# %% ../nbs/00_data.ipynb #c0044
 class Tokenizer:
     "Text to token ids and back. A subclass gives `name`, `vocab_size`, `lossless`, `encode`, `decode` and `to_json`."
     name, vocab_size, lossless = 'base', 0, True
@@ -171,7 +171,7 @@ class Tokenizer:
             raise ValueError(f'token ids from {ids.min()} to {ids.max()}: {self!r} takes 0 to {self.vocab_size-1}')
         return ids
 
-# %% ../nbs/00_data.ipynb #c0047
+# %% ../nbs/00_data.ipynb #c0048
 def _as_bytes(text): return text.encode('utf-8', 'surrogateescape') if isinstance(text, str) else bytes(text)
 
 class ByteTokenizer(Tokenizer):
@@ -181,7 +181,7 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids)->str: return self._ids(ids).astype(np.uint8).tobytes().decode('utf-8', 'replace')
     def to_json(self)->str: return json.dumps({'kind': 'bytes'})
 
-# %% ../nbs/00_data.ipynb #c0050
+# %% ../nbs/00_data.ipynb #c0051
 class CharTokenizer(Tokenizer):
     "One token a character; id 0 is `<unk>`, decoded as `�`."
     name = 'chars'
@@ -197,7 +197,7 @@ class CharTokenizer(Tokenizer):
     def decode(self, ids)->str: return ''.join(self.vocab[i-1] if i else '�' for i in self._ids(ids))
     def to_json(self)->str: return json.dumps({'kind': 'chars', 'vocab': self.vocab})
 
-# %% ../nbs/00_data.ipynb #c0053
+# %% ../nbs/00_data.ipynb #c0054
 class WordTokenizer(Tokenizer):
     "One token a word between white space; id 0 is `<unk>`."
     name, lossless = 'words', False
@@ -211,7 +211,7 @@ class WordTokenizer(Tokenizer):
     def decode(self, ids)->str: return ' '.join(self.vocab[i-1] if i else '<unk>' for i in self._ids(ids))
     def to_json(self)->str: return json.dumps({'kind': 'words', 'vocab': self.vocab})
 
-# %% ../nbs/00_data.ipynb #c0056
+# %% ../nbs/00_data.ipynb #c0057
 class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding; wraps a `tokenizers.Tokenizer`."
     name = 'bpe'
@@ -224,7 +224,7 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids)->str: return self.tok.decode(self._ids(ids).tolist(), skip_special_tokens=False)
     def to_json(self)->str: return self.tok.to_str()
 
-# %% ../nbs/00_data.ipynb #c0057
+# %% ../nbs/00_data.ipynb #c0058
 def _train_bpe(text, vocab_size):
     "Learn merges until there are `vocab_size` tokens or no pair occurs twice."
     from tokenizers import Tokenizer as Tok, decoders, models, pre_tokenizers, trainers
@@ -235,7 +235,7 @@ def _train_bpe(text, vocab_size):
     tok.train_from_iterator(text.splitlines(keepends=True), trainer)
     return BPETokenizer(tok)
 
-# %% ../nbs/00_data.ipynb #c0059
+# %% ../nbs/00_data.ipynb #c0060
 def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
                   text=None,           # training text, `bytes` (UTF-8) or `str`; not needed for 'bytes'
                   vocab_size:int=None  # None: 256 bytes, all characters, 30 000 words, 4096 byte pairs; otherwise at most this many
@@ -253,7 +253,7 @@ def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
     counts = Counter(text.split()); counts.pop('<unk>', None)           # WikiText marks its own unknown words: the same id 0
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
 
-# %% ../nbs/00_data.ipynb #c0065
+# %% ../nbs/00_data.ipynb #c0066
 @patch
 def save(self:Tokenizer,
          folder  # made if missing
@@ -264,7 +264,7 @@ def save(self:Tokenizer,
     file.write_text(self.to_json(), encoding='utf-8')
     return file
 
-# %% ../nbs/00_data.ipynb #c0066
+# %% ../nbs/00_data.ipynb #c0067
 def load_tokenizer(folder     # the folder a tokeniser was saved in, or the file itself
                   )->Tokenizer:
     "Read what `Tokenizer.save` wrote, or any `tokenizer.json` of the `tokenizers` library. `FileNotFoundError` if there is none."
@@ -281,14 +281,14 @@ def load_tokenizer(folder     # the folder a tokeniser was saved in, or the file
     from tokenizers import Tokenizer as Tok
     return BPETokenizer(Tok.from_str(text))
 
-# %% ../nbs/00_data.ipynb #c0072
+# %% ../nbs/00_data.ipynb #c0073
 def bits_per_byte(nats,                      # cross entropy, nats per token
                   bytes_per_token:float=1.0  # bytes of the text measured on, divided by its tokens
                  )->float:                   # bits per byte of text
     "The same loss in the unit that does not depend on the tokeniser."
     return float(nats)/math.log(2)/bytes_per_token
 
-# %% ../nbs/00_data.ipynb #c0078
+# %% ../nbs/00_data.ipynb #c0079
 def _count_pairs(tokens, V, block=1<<24):
     "Codes u·V+w of the pairs that occur, sorted, and how often each does."
     codes, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -299,7 +299,7 @@ def _count_pairs(tokens, V, block=1<<24):
         counts = np.bincount(where, weights=np.concatenate([counts, n])).astype(np.int64)
     return codes, counts
 
-# %% ../nbs/00_data.ipynb #c0079
+# %% ../nbs/00_data.ipynb #c0080
 @dataclass(repr=False)
 class Floors:
     "Validation cross entropy, in nats per token, of the unigram and bigram models of the training tokens."
@@ -314,7 +314,7 @@ class Floors:
         return '\n'.join(['| floor   | nats/token  | perplexity | bits/byte |', '| ------- | ----------: | ---------: | --------: |'] + rows)
     __repr__ = _repr_markdown_ = table
 
-# %% ../nbs/00_data.ipynb #c0081
+# %% ../nbs/00_data.ipynb #c0082
 def token_floors(train,                     # training token ids, 1-D
                  valid,                     # validation token ids, 1-D, at least two
                  vocab_size:int,            # ids are below this
@@ -337,7 +337,7 @@ def token_floors(train,                     # training token ids, 1-D
     nats = lambda p: float(-(np.log(p)*vcounts).sum()/vcounts.sum())
     return Floors(nats(p1[w]), nats(p2), bytes_per_token)
 
-# %% ../nbs/00_data.ipynb #c0087
+# %% ../nbs/00_data.ipynb #c0088
 class Batches:
     """Batches (x, y) of `int64` tensors (B, N); y is x shifted by one.
     `shuffle=True`: windows from a random offset in random order, new each epoch, full batches only (a smaller one only if there are too few windows for one).
@@ -363,7 +363,7 @@ class Batches:
     def __len__(self): return max(1, self.share//self.batch_size) if self.shuffle else -(-self.share//self.batch_size)
     def __repr__(self): return f'Batches({len(self)} of {self.batch_size}x{self.context}, epoch {self.epoch}, index {self.index})'
 
-# %% ../nbs/00_data.ipynb #c0090
+# %% ../nbs/00_data.ipynb #c0091
 @patch
 def starts(self:Batches,
            epoch:int    # counted from 0
@@ -378,7 +378,7 @@ def starts(self:Batches,
         self._order = epoch, s[self.rank::self.world][:self.share]
     return self._order[1]
 
-# %% ../nbs/00_data.ipynb #c0091
+# %% ../nbs/00_data.ipynb #c0092
 @patch
 def batch(self:Batches,
           epoch:int, # counted from 0
@@ -389,7 +389,7 @@ def batch(self:Batches,
     w = torch.from_numpy(np.asarray(self.tokens[at[:, None] + np.arange(self.context + 1)]).astype(np.int64))
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
-# %% ../nbs/00_data.ipynb #c0094
+# %% ../nbs/00_data.ipynb #c0095
 @patch
 def __iter__(self:Batches):
     "One epoch: the rest of the current one (`shuffle=True`), or all windows from the first (`shuffle=False`)."
@@ -405,7 +405,7 @@ def _next(self:Batches):
     self.epoch, self.index = (self.epoch, self.index + 1) if self.index + 1 < len(self) else (self.epoch + 1, 0)
     return self.batch(*at)
 
-# %% ../nbs/00_data.ipynb #c0095
+# %% ../nbs/00_data.ipynb #c0096
 @patch
 def forever(self:Batches):
     "Batches without end, epoch after epoch, from the current position."
@@ -422,7 +422,7 @@ def load_state_dict(self:Batches, state:dict):
     if not 0 <= state['index'] < len(self): raise ValueError(f"saved at batch {state['index']}, but an epoch has {len(self)}: use the batch size, context and text it was saved with")
     self.epoch, self.index, self.seed, self._order = state['epoch'], state['index'], state['seed'], (None, None)
 
-# %% ../nbs/00_data.ipynb #c0112
+# %% ../nbs/00_data.ipynb #c0113
 def show_batch(x,              # (B, N) token ids
                y,              # (B, N) targets
                tokenizer,      # to name the tokens
@@ -443,7 +443,7 @@ def show_batch(x,              # (B, N) token ids
     ax.set_xticks(range(0, cols, 4)); ax.set_xlabel('position'); ax.hlines(np.arange(1, rows)*2 - .5, -.5, cols - .5, color='black', lw=1.5)
     return ax
 
-# %% ../nbs/00_data.ipynb #c0116
+# %% ../nbs/00_data.ipynb #c0117
 _format = 1 # part of every key: raise it when what is stored changes
 
 def _blocks(text, size=1<<23):
@@ -461,7 +461,7 @@ def _encode_file(tok, text, file):
     np.save(file, tokens)
     return tokens
 
-# %% ../nbs/00_data.ipynb #c0118
+# %% ../nbs/00_data.ipynb #c0119
 def _cache_key(corpus, tokenizer, vocab_size):
     h = hashlib.blake2b(digest_size=16)
     spec = f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str) else f'{type(tokenizer).__name__}:{tokenizer.to_json()}'
@@ -480,7 +480,7 @@ def _fill(folder, corpus, tokenizer, vocab_size):
     tok.save(folder)
     (folder/'meta.json').write_text(json.dumps(dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors))))
 
-# %% ../nbs/00_data.ipynb #c0119
+# %% ../nbs/00_data.ipynb #c0120
 def token_files(corpus:Corpus,       # the text
                 tokenizer='bytes',   # a kind, built from the training part, or a `Tokenizer`
                 vocab_size:int=None, # for a kind: see `get_tokenizer`
@@ -501,7 +501,7 @@ def token_files(corpus:Corpus,       # the text
     finally: shutil.rmtree(new, ignore_errors=True)
     return folder
 
-# %% ../nbs/00_data.ipynb #c0125
+# %% ../nbs/00_data.ipynb #c0126
 class LMData:
     "Training and validation batches of one text under one tokeniser, with the floors and units to read a loss by."
     def __init__(self,
@@ -527,7 +527,7 @@ class LMData:
         return (f'LMData({self.name!r}, {self.tokenizer!r}, {len(self.train_tokens):,} + {len(self.valid_tokens):,} tokens, '
                 f'{len(self.train)} batches of {self.batch_size}x{self.context} an epoch, {self.bytes_per_token:.2f} bytes a token)')
 
-# %% ../nbs/00_data.ipynb #c0126
+# %% ../nbs/00_data.ipynb #c0127
 @patch(cls_method=True)
 def from_corpus(cls:LMData,
                 corpus='stdlib',      # a `Corpus`, or a name for `load_corpus`
@@ -549,7 +549,7 @@ def from_corpus(cls:LMData,
     floors = Floors(**json.loads((folder/'meta.json').read_text())['floors'])
     return cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world)
 
-# %% ../nbs/00_data.ipynb #c0128
+# %% ../nbs/00_data.ipynb #c0129
 @patch
 def report(self:LMData,
            nats # validation cross entropy, nats per token
@@ -564,7 +564,7 @@ def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->
     return LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name, pick(batch_size, self.batch_size),
                   pick(context, self.context), pick(seed, self.seed), self.rank, self.world)
 
-# %% ../nbs/00_data.ipynb #c0140
+# %% ../nbs/00_data.ipynb #c0141
 def mqar_batch(batch_size:int,   # B
                n_pairs:int,      # K, pairs to remember and questions asked
                n_keys:int=31,    # keys to choose from

@@ -8,7 +8,7 @@ __all__ = ['MODES', 'theory_gradient', 'hypothesis7_gradient', 'blended_gradient
            'validate_mixed_precision_accuracy', 'benchmark_mixed_precision', 'saved_bytes',
            'BatchedAnalyticBKCoreFunction', 'MemoryOptimizedBKCoreFunction', 'peak_bytes', 'profile_batched_gradient']
 
-# %% ../nbs/06_gradients.ipynb #c0003
+# %% ../nbs/06_gradients.ipynb #c0004
 import hashlib, json, math, time, weakref
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/06_gradients.ipynb #c0004
+# %% ../nbs/06_gradients.ipynb #c0005
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .bk_core import dense_resolvent, diag_backward_op, diag_op, resolvent_diag, scan_backward_op, time_together, _backend, _diag, _inputs, _lanes, _plain
 from .learner import Learner
 
-# %% ../nbs/06_gradients.ipynb #c0007
+# %% ../nbs/06_gradients.ipynb #c0008
 def theory_gradient(
     G:Tensor, # (B, N, C) complex G_ii, or causal g_i
     ct:Tensor, # (B, N, C) complex cotangent ∂L/∂Re G + i ∂L/∂Im G
@@ -43,7 +43,7 @@ def hypothesis7_gradient(
     G2 = G*G
     return -(ct*G2.sgn().conj()/G2.abs().clamp(min=floor)).real
 
-# %% ../nbs/06_gradients.ipynb #c0008
+# %% ../nbs/06_gradients.ipynb #c0009
 def blended_gradient(
     G:Tensor, # (B, N, C) complex
     ct:Tensor, # (B, N, C) complex cotangent
@@ -53,7 +53,7 @@ def blended_gradient(
     "The seeds' hybrid `(1-α)·theory + α·H7`."
     return (1-alpha)*theory_gradient(G, ct, mended) + alpha*hypothesis7_gradient(G, ct)
 
-# %% ../nbs/06_gradients.ipynb #c0023
+# %% ../nbs/06_gradients.ipynb #c0024
 @dataclass(frozen=True)
 class _Plan:
     blend:object='exact'         # 'exact', α in [0, 1], or 'none'
@@ -68,7 +68,7 @@ def _blend(alpha): # checked
     if alpha in ('exact', 'none') or isinstance(alpha, (int, float)) and 0 <= alpha <= 1: return alpha
     raise ValueError(f"grad_blend must be 'exact', 'none' or a number α in [0, 1]; got {alpha!r}")
 
-# %% ../nbs/06_gradients.ipynb #c0024
+# %% ../nbs/06_gradients.ipynb #c0025
 def _parts(v, E, eta, hop, plan): # what the adjoint needs: (G, left pivots, right pivots), or G alone
     if plan.blend == 'exact' and not plan.causal: return (_diag if _plain() else diag_op)(v, None, E, eta, hop, '')
     return (resolvent_diag(v, torch.complex(E, eta), hop=hop, causal=plan.causal),)
@@ -82,7 +82,7 @@ def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
     else: dv, _, dhop, dE, deta = diag_backward_op(parts[1], parts[2], parts[0], ct, hop, need, '')
     return dv, dE, deta, dhop if hop is not None else None
 
-# %% ../nbs/06_gradients.ipynb #c0025
+# %% ../nbs/06_gradients.ipynb #c0026
 def _pack(x, store): return x.to(store) if store.is_complex else torch.view_as_real(x).to(store)
 def _unpack(x, dtype): return (x if x.is_complex() else torch.view_as_complex(x.float())).to(dtype)
 def _cast(x, dtype): return None if x is None else x.to(dtype)
@@ -100,7 +100,7 @@ def _recompute(v, E, eta, hop, ct, plan): # forward again and adjoint, a block o
             if r[3] is not None: dhop[s] = r[3]
     return (dv, dE, deta, dhop) if plan.blend == 'exact' else (dv, None, None, None)
 
-# %% ../nbs/06_gradients.ipynb #c0026
+# %% ../nbs/06_gradients.ipynb #c0027
 class _BK(torch.autograd.Function):
     "`G` (B, N, C) of the potential v, with the gradient of `plan`."
     generate_vmap_rule = True
@@ -138,7 +138,7 @@ class _Adjoint(torch.autograd.Function): # a function of its own, so that torch.
     @staticmethod
     def backward(ctx, *_): raise RuntimeError('BK-Core is not twice differentiable')
 
-# %% ../nbs/06_gradients.ipynb #c0028
+# %% ../nbs/06_gradients.ipynb #c0029
 def blended_diag(
     v:Tensor, # (B, N, C) real potential
     z, # complex scalar or (C,), Im z > 0
@@ -150,7 +150,7 @@ def blended_diag(
     v, _, E, eta, _, hop = _inputs(v, None, z, None, hop)
     return _BK.apply(v, E, eta, hop, _Plan(_blend(grad_blend), causal))[0]
 
-# %% ../nbs/06_gradients.ipynb #c0031
+# %% ../nbs/06_gradients.ipynb #c0032
 def _features(he_diag, h0_super, h0_sub, z, plan): # (..., N) -> (..., N, 2)
     if he_diag.ndim < 1: raise ValueError(f'he_diag must be (B, N) or (N,); got {tuple(he_diag.shape)}')
     *lead, N = he_diag.shape; B, bonds = math.prod(lead), max(N-1, 0)
@@ -163,7 +163,7 @@ def _features(he_diag, h0_super, h0_sub, z, plan): # (..., N) -> (..., N, 2)
     v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)               # chains as channels, (1, N, B): the kernel's fast layout
     return torch.view_as_real(_BK.apply(v, E, eta, hop, plan)[0][0].T.contiguous()).reshape(*lead, N, 2)
 
-# %% ../nbs/06_gradients.ipynb #c0032
+# %% ../nbs/06_gradients.ipynb #c0033
 class BKCoreFunction:
     "The seeds' BK-Core: diagonals in, features (Re G_ii, Im G_ii) out. `GRAD_BLEND` is the default of `grad_blend`, as the seeds set it; here it starts as 'exact'."
     GRAD_BLEND = 'exact'
@@ -181,7 +181,7 @@ class BKCoreFunction:
     @classmethod
     def _alpha(cls, grad_blend): return _blend(cls.GRAD_BLEND if grad_blend is None else grad_blend)
 
-# %% ../nbs/06_gradients.ipynb #c0038
+# %% ../nbs/06_gradients.ipynb #c0039
 class BlendedBKMixer(nn.Module):
     "The seeds' layer for the mixer slot: `heads` potentials from x, features (Re g, Im g), projected back, with the gradient `grad_blend`. z is fixed, as theirs."
     def __init__(self,
@@ -203,7 +203,7 @@ class BlendedBKMixer(nn.Module):
         hop = None if cut is None else (~cut[:,1:])[...,None].float()
         return self.out_proj(torch.view_as_real(blended_diag(v, self.z, hop, self.grad_blend, self.causal)).flatten(-2).to(x.dtype))
 
-# %% ../nbs/06_gradients.ipynb #c0041
+# %% ../nbs/06_gradients.ipynb #c0042
 @dataclass
 class GradBlendResult:
     "What one α did."
@@ -217,7 +217,7 @@ class GradBlendResult:
     losses:list # training loss, nats, per record
     seconds:float
 
-# %% ../nbs/06_gradients.ipynb #c0042
+# %% ../nbs/06_gradients.ipynb #c0043
 class _Loop: # any iterable of (x, y) as the training stream of a Learner
     def __init__(self, loader): self.loader = loader
     def __len__(self): return len(self.loader)
@@ -232,7 +232,7 @@ class _Loaders: # two loaders as the data of a Learner
     def __init__(self, train, valid): self.train, self.valid = train if hasattr(train, 'forever') else _Loop(train), valid
     def report(self, nats): return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=None)
 
-# %% ../nbs/06_gradients.ipynb #c0043
+# %% ../nbs/06_gradients.ipynb #c0044
 class GradBlendOptimizer:
     "Grid search over `grad_blend`: sets it on every module that has the attribute, trains from the same start with a `Learner`, keeps what happened. `ValueError` where nothing blends."
     def __init__(self,
@@ -262,7 +262,7 @@ class GradBlendOptimizer:
         self.settings = self.budget | dict(weights=weights, data=self.data.name, eval_batches=eval_batches) | {k: v for k,v in self.kw.items() if isinstance(v, (int, float, str))}
         self.results, self.summary = [], None
 
-# %% ../nbs/06_gradients.ipynb #c0044
+# %% ../nbs/06_gradients.ipynb #c0045
 def gradient_cosine(
     model:nn.Module, # with modules that have `grad_blend`; left as it was
     batch:tuple, # (x, y) token ids
@@ -277,7 +277,7 @@ def gradient_cosine(
     rest, true, mine = g(['none']*len(mods)), g(['exact']*len(mods)), g(was)
     return nn.functional.cosine_similarity(mine - rest, true - rest, 0).item()
 
-# %% ../nbs/06_gradients.ipynb #c0045
+# %% ../nbs/06_gradients.ipynb #c0046
 @patch
 def run_trial(self:GradBlendOptimizer, alpha)->GradBlendResult: # 'exact', 'none' or α
     "Train once from the starting weights."
@@ -299,7 +299,7 @@ def _load(self:GradBlendOptimizer, path):
         raise ValueError(f"{path} is of another search (different: {', '.join(diff)}): give another folder")
     return GradBlendResult(**saved['result'])
 
-# %% ../nbs/06_gradients.ipynb #c0046
+# %% ../nbs/06_gradients.ipynb #c0047
 @patch
 def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexity, best_blend (the best number), results, settings
     "All trials that are not in the folder yet. Afterwards the model has its starting weights and the best α. `ValueError` for a folder that holds another search."
@@ -319,7 +319,7 @@ def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexit
     if self.folder: (self.folder/'summary.json').write_text(json.dumps(self.summary, indent=1)); self._save_plot()
     return self.summary
 
-# %% ../nbs/06_gradients.ipynb #c0047
+# %% ../nbs/06_gradients.ipynb #c0048
 @patch
 def table(self:GradBlendOptimizer)->str:
     "What happened, a line per trial."
@@ -348,7 +348,7 @@ def _save_plot(self:GradBlendOptimizer):
     import matplotlib.pyplot as plt
     fig = self.plot(); fig.savefig(self.folder/'grad_blend.png', dpi=120); plt.close(fig)
 
-# %% ../nbs/06_gradients.ipynb #c0058
+# %% ../nbs/06_gradients.ipynb #c0059
 class MixedPrecisionBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` with types of its own: by default the seeds' complex128 forward, complex64 kept and backward."
     GRAD_BLEND = 'exact'
@@ -374,7 +374,7 @@ class MixedPrecisionBKCoreFunction(BKCoreFunction):
         true = BKCoreFunction.apply(he_diag, h0_super, h0_sub, z, 'exact', causal); err = ((out.detach() - true).abs().max()/true.abs().max()).item() if true.numel() else 0.
         if not err <= limit: raise ArithmeticError(f'mixed precision is off by {err:.2e} of the largest value; wanted ≤ {limit:.0e}')
 
-# %% ../nbs/06_gradients.ipynb #c0064
+# %% ../nbs/06_gradients.ipynb #c0065
 def validate_mixed_precision_accuracy(
     batch_size:int=8, seq_len:int=128, # chains in a sample, sites in a chain
     num_samples:int=100, # random potentials, standard normal
@@ -396,7 +396,7 @@ def validate_mixed_precision_accuracy(
     return dict(passed=max(top[0], top[2]) <= threshold, max_error_mean=mean[0], max_error_std=e[:,0].std(correction=0).item(), max_error_max=top[0], relative_error_mean=mean[1],
                 relative_error_max=top[1], gradient_error_mean=mean[2], gradient_error_max=top[2], threshold=threshold, num_samples=num_samples)
 
-# %% ../nbs/06_gradients.ipynb #c0069
+# %% ../nbs/06_gradients.ipynb #c0070
 MODES = {'complex128 throughout': dict(forward=torch.complex128, store=torch.complex128, backward=torch.complex128),
          "complex128 → complex64 (seeds)": dict(),
          'complex64 throughout': dict(forward=torch.complex64),
@@ -422,7 +422,7 @@ def benchmark_mixed_precision(
         for r in rows: print(f"{r['mode']:32s}{r['forward_error']:10.1e}{r['gradient_error']:13.1e}{r['forward_ms']:8.2f} ms{r['backward_ms']:8.2f} ms{r['bytes_per_site']:5.0f} B/site")
     return rows
 
-# %% ../nbs/06_gradients.ipynb #c0070
+# %% ../nbs/06_gradients.ipynb #c0071
 def saved_bytes(
     f, # function of no arguments that builds a graph
 )->int: # bytes
@@ -432,12 +432,12 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()   # held, so that no address is used twice
     return sum(seen.values())
 
-# %% ../nbs/06_gradients.ipynb #c0076
+# %% ../nbs/06_gradients.ipynb #c0077
 class BatchedAnalyticBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` for any leading shape (..., N), under `torch.func.vmap` and `torch.func.grad`."
     GRAD_BLEND = 'exact'
 
-# %% ../nbs/06_gradients.ipynb #c0079
+# %% ../nbs/06_gradients.ipynb #c0080
 class MemoryOptimizedBKCoreFunction(BKCoreFunction):
     "`BKCoreFunction` that keeps the potential alone and computes the pivots again in the backward pass, `CHUNK` sites at a time."
     GRAD_BLEND, CHUNK = 'exact', 1 << 16
@@ -451,7 +451,7 @@ class MemoryOptimizedBKCoreFunction(BKCoreFunction):
         if chunk < 1: raise ValueError(f'chunk must be at least 1 site; got {chunk}')
         return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal, store='recompute', chunk=chunk))
 
-# %% ../nbs/06_gradients.ipynb #c0085
+# %% ../nbs/06_gradients.ipynb #c0086
 class _Alive(TorchDispatchMode): # counts the memory of every tensor that an operation makes, until it is freed
     def __init__(self): super().__init__(); self.seen, self.now, self.top = WeakIdKeyDictionary(), 0, 0
     def _free(self, n): self.now -= n
@@ -472,7 +472,7 @@ def peak_bytes(
     with _Alive() as alive: f()
     return alive.top
 
-# %% ../nbs/06_gradients.ipynb #c0087
+# %% ../nbs/06_gradients.ipynb #c0088
 def profile_batched_gradient(
     batch_sizes=(1, 16, 256), seq_lens=(128, 512, 2048), # chains, sites
     z=1j, # complex shift

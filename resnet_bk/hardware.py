@@ -11,7 +11,7 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'kernel_resources', 'CUDAOptimizedBKCore', 'MixedPrecisionTrainer', 'gpu_check', 'capture_step',
            'copy_bandwidth', 'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
-# %% ../nbs/10_hardware.ipynb #c0003
+# %% ../nbs/10_hardware.ipynb #c0004
 import ctypes, hashlib, importlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
 from pathlib import Path
 from torch import nn, Tensor
@@ -23,7 +23,7 @@ from .mixers import BKMixer, BKAttention, layer_op, layer_backward_op, attention
 from .model import ModelConfig, ResNetBK
 from .learner import _accelerator
 
-# %% ../nbs/10_hardware.ipynb #c0008
+# %% ../nbs/10_hardware.ipynb #c0009
 def plan(chains:int, # B·C
          N:int,      # rows
          sms:int=132,# multiprocessors of the GPU; 132 = H100, H200
@@ -36,7 +36,7 @@ def plan(chains:int, # B·C
     length = -(-N//K); length = -(-length//multiple)*multiple
     return -(-N//length), length
 
-# %% ../nbs/10_hardware.ipynb #c0012
+# %% ../nbs/10_hardware.ipynb #c0013
 CUDA_LAUNCH = r'''
 #include <cstdint>
 #include <cstring>
@@ -66,7 +66,7 @@ extern "C" int bk_device(const I* a) { return (int)cudaSetDevice((int)a[0]); }
 extern "C" const char* bk_error(int e) { return cudaGetErrorString((cudaError_t)e); }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0014
+# %% ../nbs/10_hardware.ipynb #c0015
 CUDA_LAUNCH += r'''
 #else
 #define BK_UNROLL
@@ -95,7 +95,7 @@ extern "C" const char* bk_error(int) { return "host"; }
 #endif
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0018
+# %% ../nbs/10_hardware.ipynb #c0019
 CUDA_VIEWS = r'''
 template <class T> struct alignas(2 * sizeof(T)) Pair { T re, im; };
 template <class T> struct View { T* p; I sb, sn, rows; T fill;
@@ -121,7 +121,7 @@ struct Args {                                          // B N C K len off stream
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0020
+# %% ../nbs/10_hardware.ipynb #c0021
 CUDA_SWEEP = r'''
 enum { AHEAD = 8, LINKS = 64 };
 template <class Op, bool FOLD> struct Sweep {          // one thread: one chain, or one chunk of it
@@ -148,7 +148,7 @@ template <class Op, bool FOLD> struct Sweep {          // one thread: one chain,
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0022
+# %% ../nbs/10_hardware.ipynb #c0023
 CUDA_MAPS = r'''
 struct Moebius { enum { SIZE = 13 }; Z p[2], q[2], s[2]; double r;
   BK_HD void unit() { p[0] = q[1] = {1, 0}; p[1] = q[0] = s[0] = s[1] = {0, 0}; r = 1; }
@@ -175,7 +175,7 @@ struct Affine2 { enum { SIZE = 10 }; Z a, b, c, d, e;  // P -> a P + b,  L -> c 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0024
+# %% ../nbs/10_hardware.ipynb #c0025
 CUDA_MAPS += r'''
 template <class Op> struct Link { enum { PHASES = 3 }; typedef typename Op::Map Map;
   Op op; Job j; const double* maps; double* in;
@@ -202,7 +202,7 @@ template <class Op> int drive(const Op& op, const Job& j, double* work, void* st
 }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0026
+# %% ../nbs/10_hardware.ipynb #c0027
 CUDA_SCAN = r'''
 template <class T, class A, bool R> struct ScanOp { enum { REV = R, X = 2 }; typedef Moebius Map;
   View<T> v, w, u, hop, gl, g, y, G; const T *E, *eta, *g0, *y0; int* bad; I off, C;
@@ -232,7 +232,7 @@ template <class T, class A, bool R> struct ScanOp { enum { REV = R, X = 2 }; typ
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0028
+# %% ../nbs/10_hardware.ipynb #c0029
 CUDA_SCAN += r'''
 template <class T> struct Summed { double e, eta; BK_HD void add(Complex<T> L) { e -= L.re; eta -= L.im; } };
 template <class T> struct ScanBackOp { enum { REV = 1, X = 2 }; typedef Affine2 Map; typedef Complex<T> ZT;
@@ -262,7 +262,7 @@ template <class T> struct ScanBackOp { enum { REV = 1, X = 2 }; typedef Affine2 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0030
+# %% ../nbs/10_hardware.ipynb #c0031
 CUDA_SOLVE = r'''
 template <class T> struct One {                        // what sweeps with a single carried number share
   enum { X = 1 }; typedef Affine Map; typedef Complex<T> ZT; typedef Summed<T> Local;
@@ -293,7 +293,7 @@ template <class T> struct RhoOp : One<T> { enum { REV = 0 }; typedef Complex<T> 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0031
+# %% ../nbs/10_hardware.ipynb #c0032
 CUDA_SOLVE += r'''
 template <class T> struct EliminateOp : One<T> { enum { REV = 0 }; typedef Complex<T> ZT; typedef One<T> O;   // p_i = conj(g_i) (gY_i - t p_{i-1})
   View<T> g, gY, hop, p; struct Row { ZT g, gY; T t; };
@@ -321,7 +321,7 @@ template <class T, bool CONJ> struct BackOp : One<T> { enum { REV = 1 }; typedef
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0033
+# %% ../nbs/10_hardware.ipynb #c0034
 CUDA_ENTRY = r'''
 template <class T, class A> int scan(const I* a) {    // v w u hop g y g0 y0
   Args r = {a, 12}; ScanOp<T, A, false> s; s.v = r.view<T>(); s.w = r.view<T>(); s.u = r.view<T>(); s.hop = r.view<T>(1); s.g = r.view<T>(); s.y = r.view<T>(); s.gl = s.G = {};
@@ -360,7 +360,7 @@ template <class T> int solve_backward(const I* a) {   // g Y gY hop p dv dw du d
 PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) PLAIN(solve_backward)
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0035
+# %% ../nbs/10_hardware.ipynb #c0036
 def find_nvcc()->str: # a path, or None
     "The CUDA compiler: of `$CUDA_HOME`, or on the PATH."
     from torch.utils.cpp_extension import CUDA_HOME
@@ -387,7 +387,7 @@ def compile_cuda(source:str,   # CUDA C++
         os.replace(out, path)
     return r.stderr + r.stdout
 
-# %% ../nbs/10_hardware.ipynb #c0036
+# %% ../nbs/10_hardware.ipynb #c0037
 class CudaLibrary(CppLibrary):
     "CUDA C++ compiled by nvcc at the first `load`, for the GPU at hand; None without one, said once in one line."
     @property
@@ -411,7 +411,7 @@ class CudaLibrary(CppLibrary):
 CUDA_CORE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
 DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', CUDA_CORE)
 
-# %% ../nbs/10_hardware.ipynb #c0039
+# %% ../nbs/10_hardware.ipynb #c0040
 PIVOTS = torch.float64   # type of the pivots' arithmetic on a GPU; torch.float32 on a consumer card, see above
 
 def _view(t, parts=1): return (0, 0, 0, 0) if t is None else (t.data_ptr(), t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
@@ -439,7 +439,7 @@ class Kernels:
         self.run(f"bk_{name}_{'f32' if dt == torch.float32 else 'f64'}", [B, N, C, K, n, off, self.stream(dev), p(work), p(bad), p(E), p(eta), PIVOTS == torch.float32, *(x for v in views for x in v)], dev)
         return bad
 
-# %% ../nbs/10_hardware.ipynb #c0041
+# %% ../nbs/10_hardware.ipynb #c0042
 def _check(bad, eta, w, hop):
     if bad.is_cuda: torch._assert_async((bad == 0).all(), 'want absorb ≥ 0, hop ≥ 0 and Im z > 0')
     elif bad.any(): bk_core._raise(int(bad[0] | 2*bad[1]), eta, w, hop)
@@ -465,7 +465,7 @@ def scan_backward(self:Kernels, g, y, gy, gg, hop, g0, y0, shape, need):
     if dhop is not None: dhop = dhop[:,-(N-1):] if N > 1 else dhop[:,:0]
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s), ends[1][:,None], ends[0][:,None]
 
-# %% ../nbs/10_hardware.ipynb #c0042
+# %% ../nbs/10_hardware.ipynb #c0043
 @patch
 def diag(self:Kernels, v, w, E, eta, hop, shape, keep=True):
     B,N,C = shape; K,n = self.plan(B, N, C, E.device)
@@ -499,7 +499,7 @@ EMULATED = BACKENDS['emulated'] = Kernels(HOST)
 CUDA = Kernels(DEVICE)
 if torch.cuda.is_available() and find_nvcc(): BACKENDS['cuda'] = CUDA
 
-# %% ../nbs/10_hardware.ipynb #c0057
+# %% ../nbs/10_hardware.ipynb #c0058
 CUDA_MATH = r'''
 struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
 BK_HD float bk_float(uint32_t b) { union { uint32_t i; float f; } x; x.i = b; return x.f; }
@@ -519,7 +519,7 @@ template <class T> BK_HD T softplus(T x) { return (x > 0 ? x : 0) + bk_log1p(bk_
 BK_HD I least(I a, I b) { return a < b ? a : b; }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0059
+# %% ../nbs/10_hardware.ipynb #c0060
 CUDA_LAYER = r'''
 enum { ROWS = 32 };                                    // a state is kept every 32 rows
 template <class T, class M, int CW> struct LayerData {
@@ -554,7 +554,7 @@ template <class T, class M, int CW> struct LayerData {
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0061
+# %% ../nbs/10_hardware.ipynb #c0062
 CUDA_LAYER += r'''
 template <class T, class M, int CW> struct LayerOp { enum { REV = 0, X = 2 }; typedef Moebius Map; typedef LayerData<T, M, CW> Data; Data d;
   struct Row { T x[3]; bool cut; };
@@ -595,7 +595,7 @@ template <class T, class M, int CW> struct NormGate { enum { PHASES = 3, TREE = 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0063
+# %% ../nbs/10_hardware.ipynb #c0064
 CUDA_LAYER_BACK = r'''
 template <class T, class M, int CW> struct Dots { enum { PHASES = 3, TREE = 8 }; LayerData<T, M, CW> d;
   size_t room() const { return (128 + TREE) * sizeof(T); }
@@ -624,7 +624,7 @@ template <class T, class M, int CW, bool FOLD> struct LayerBack { typedef Comple
   }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0065
+# %% ../nbs/10_hardware.ipynb #c0066
 CUDA_LAYER_BACK += r'''
   struct Early { T r, m, d0, d1, z; bool cut; };        // what a row loads
   BK_HD Early early(I b, I i, I c) const {
@@ -659,7 +659,7 @@ CUDA_LAYER_BACK += r'''
   }
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0067
+# %% ../nbs/10_hardware.ipynb #c0068
 CUDA_LAYER_BACK += r'''
   BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
   BK_HD void operator()(I lane) const {
@@ -690,7 +690,7 @@ template <class T, class M, int CW> struct Pay { LayerData<T, M, CW> d; Job j;  
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0069
+# %% ../nbs/10_hardware.ipynb #c0070
 CUDA_LAYER_ENTRY = r'''
 // a: K len stream work mean owed, then as in 02: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, h and its strides, the tensors
 template <class T, class M, int CW> int layer(const I* a, bool back) {
@@ -718,7 +718,7 @@ extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
 LAYER_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
 LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
 
-# %% ../nbs/10_hardware.ipynb #c0070
+# %% ../nbs/10_hardware.ipynb #c0071
 def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps   # no convolution: one tap and three zeros
 
 def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
@@ -747,7 +747,7 @@ def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v
     s = (s if h.numel() else torch.zeros_like(s)).sum(0)
     return dh, torch.cat([s[:n], s[f.numel()//C:]]).to(scale.dtype)
 
-# %% ../nbs/10_hardware.ipynb #c0072
+# %% ../nbs/10_hardware.ipynb #c0073
 CUDA_ATTENTION = r'''
 enum { TILE = 64 };                                    // tokens per chunk
 template <class T, class M, int CW> struct AttnData { I B, N, H, d, F; T eps; const M* h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *la, *wt;
@@ -774,7 +774,7 @@ template <class T, class M, int CW> struct Decay { AttnData<T, M, CW> d;   // a 
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0074
+# %% ../nbs/10_hardware.ipynb #c0075
 CUDA_ATTENTION += r'''
 template <class T> BK_HD T row_sum(const T* x, int d, int i) { T s = 0; int c = i % d; for (int q = 0; q < d; q++) { s += x[i * d + c]; if (++c == d) c = 0; } return s; }
 template <class T, class M, int CW> struct Prepare { enum { PHASES = 3 }; AttnData<T, M, CW> d; M *q, *k, *v, *qi, *ke;   // a block per (b, head, chunk) of q, then of k, then of v
@@ -791,7 +791,7 @@ template <class T, class M, int CW> struct Prepare { enum { PHASES = 3 }; AttnDa
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0076
+# %% ../nbs/10_hardware.ipynb #c0077
 CUDA_ATTENTION += r'''
 template <class T, class M, int CW> struct Mask { AttnData<T, M, CW> d; M* P;   // P_ij *= E_ij, a lane per element
   BK_HD void operator()(I e) const { const I j = e % TILE, i = e / TILE % TILE, o = e / (TILE * TILE) * TILE; st(P + e, j <= i && d.seg[o + i] == d.seg[o + j] ? ld<T>(P + e) * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0)); }
@@ -820,7 +820,7 @@ template <class T, class M, int CW> struct Finish { enum { PHASES = 3 }; AttnDat
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0078
+# %% ../nbs/10_hardware.ipynb #c0079
 CUDA_ATTENTION_BACK = r'''
 template <class T, class M, int CW> struct GateBack { enum { PHASES = 4 }; AttnData<T, M, CW> d; const M *Y, *out, *dout; const T* r; M *dY, *dh; T* dwt;   // dwt: (block, d)
   size_t room() const { return (TILE * d.w() + TILE) * sizeof(T); }
@@ -849,7 +849,7 @@ template <class T, class M, int CW> struct MaskBack { enum { PHASES = 2 }; AttnD
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0079
+# %% ../nbs/10_hardware.ipynb #c0080
 CUDA_ATTENTION_BACK += r'''
 template <class T, class M, int CW> struct MixBack { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M *q, *k, *dq2, *dk2; M *dq, *dk; T *dA, *da, *dla; const T* sd;   // dq, dk hold the parts that come through the state
   size_t room() const { return 2 * TILE * d.w() * sizeof(T); }
@@ -868,7 +868,7 @@ template <class T, class M, int CW> struct MixBack { enum { PHASES = 3 }; AttnDa
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0081
+# %% ../nbs/10_hardware.ipynb #c0082
 CUDA_ATTENTION_BACK += r'''
 template <class T, class M, int CW> struct PrepareBack { enum { PHASES = 5, HALO = TILE + CW - 1 }; AttnData<T, M, CW> d; const M *dq, *dk, *dv; M* dh; T* dtaps;   // dtaps: (b, chunk, CW, 3 D)
   size_t room() const { return (2 * HALO * d.w() + 2 * HALO) * sizeof(T); }
@@ -896,7 +896,7 @@ template <class T, class M, int CW> struct PrepareBack { enum { PHASES = 5, HALO
 };
 '''
 
-# %% ../nbs/10_hardware.ipynb #c0083
+# %% ../nbs/10_hardware.ipynb #c0084
 CUDA_ATTENTION_ENTRY = r'''
 // a: which, stream, B N H d F width type, pointer to eps, h and its strides, past cut taps la wt, A Ab into end decay seg, then the tensors of that kernel
 template <class T, class M, int CW> int attention(const I* a) {
@@ -922,7 +922,7 @@ extern "C" int bk_states(const I* a) { return a[5] ? states<double>(a) : states<
 ATTENTION_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
 ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
 
-# %% ../nbs/10_hardware.ipynb #c0085
+# %% ../nbs/10_hardware.ipynb #c0086
 class _Attend:
     "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
     def __init__(self, h, past, cut, taps, log_g, weight, eps):
@@ -951,7 +951,7 @@ def attention_forward(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
     a = _Attend(h, past, cut, taps, log_g, weight, eps); S, s = a.states(a.ke.mT @ a.v, S0, keep, end)
     a(3, a.values(s), out, r); return out, r, S if keep else None, end
 
-# %% ../nbs/10_hardware.ipynb #c0086
+# %% ../nbs/10_hardware.ipynb #c0087
 def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     "Its adjoint: gradients of h and log_g, and those of taps and weight in one row."
     B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); g = g.contiguous()
@@ -967,7 +967,7 @@ def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     dtaps = a.tile(B*n, 12*H*d, dtype=f); a(7, dq, dk, dv, dh, dtaps)
     return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps[:,:taps.numel()], dwt)]).to(taps.dtype)
 
-# %% ../nbs/10_hardware.ipynb #c0088
+# %% ../nbs/10_hardware.ipynb #c0089
 def _states(new, decay, S0, back):
     B,H,n,dk,dv = new.shape; k, new, decay, S0 = ATTENTION_KERNELS[new.device.type], new.contiguous(), decay.contiguous(), None if S0 is None else S0.contiguous()
     before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
@@ -985,7 +985,7 @@ class CarriedState(torch.autograd.Function):
         before, decay = ctx.saved_tensors; after, first = _states(g, decay, g_last, 1)
         return after, (after*before).sum((-1,-2), keepdim=True), first if ctx.first else None
 
-# %% ../nbs/10_hardware.ipynb #c0099
+# %% ../nbs/10_hardware.ipynb #c0100
 BACKENDS['cuda'] = CUDA
 
 def _registered(name, cpu, gpu): # the forward function that 02 calls, by device
@@ -1000,7 +1000,7 @@ _registered('_passed', mixers._passed, _carried)
 for op,kernel in ((layer_op, lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3]), (layer_backward_op, layer_backward),
                   (attention_op, lambda h, cut, taps, log_g, weight, eps: attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3]), (attention_backward_op, attention_backward)): op.register_kernel('cuda')(kernel)
 
-# %% ../nbs/10_hardware.ipynb #c0100
+# %% ../nbs/10_hardware.ipynb #c0101
 @torch.compiler.assume_constant_result
 def _loads(which): return (LAYER_KERNELS if which == 'layer' else ATTENTION_KERNELS)['cuda'].library.load() is not None
 
@@ -1016,7 +1016,7 @@ def _can_fuse(self:BKMixer, h, state, return_state):
 def _can_fuse(self:BKAttention, h, state, return_state): # the tiles of heads 128 wide in float32 take 70 KiB of shared memory
     return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads <= (64 if h.dtype == torch.float64 else 128) and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
 
-# %% ../nbs/10_hardware.ipynb #c0105
+# %% ../nbs/10_hardware.ipynb #c0106
 def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
                      arch=(9,0), # compute capability
                     )->list:   # of dicts: kernel, registers, spilled and stack bytes per thread
@@ -1026,7 +1026,7 @@ def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
     short = lambda n: re.sub(r'>$', '', re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))).replace(' ', '')
     return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
 
-# %% ../nbs/10_hardware.ipynb #c0112
+# %% ../nbs/10_hardware.ipynb #c0113
 class CUDAOptimizedBKCore(nn.Module):
     "The seeds' BK-Core: diagonal of `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`, as two features. CUDA kernels on a GPU, the C++ kernel elsewhere; always float32 (or float64 if v is)."
     def __init__(self,
@@ -1047,7 +1047,7 @@ class CUDAOptimizedBKCore(nn.Module):
             G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
         return torch.view_as_real(G[...,0])
 
-# %% ../nbs/10_hardware.ipynb #c0115
+# %% ../nbs/10_hardware.ipynb #c0116
 class MixedPrecisionTrainer:
     "The seeds' mixed precision training step, by `accelerate`: autocast, gradient scaling for fp16, clipping. Weights, E and η stay float32."
     def __init__(self,
@@ -1078,7 +1078,7 @@ class MixedPrecisionTrainer:
         self.optimizer.step()
         return loss.item()
 
-# %% ../nbs/10_hardware.ipynb #c0123
+# %% ../nbs/10_hardware.ipynb #c0124
 def _off_by(a, b): return max(((x.detach().cpu().double() - y.detach()).abs().max()/y.detach().abs().max().clamp_min(1e-30)).item() for x,y in zip(a, b) if y is not None and y.numel())
 
 def _op_values(op, c, backend):
@@ -1096,7 +1096,7 @@ def _op_case(op, N, seed=0): # float32 values, so that the reference sees the sa
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
-# %% ../nbs/10_hardware.ipynb #c0124
+# %% ../nbs/10_hardware.ipynb #c0125
 def _layer_values(kind, N, dev, seed=0):
     "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
     torch.manual_seed(seed); B = 2 if N < 2**14 else 1; m = BKMixer(4, potential='token', eta_min=.1) if kind == 'layer' else BKAttention(16, 1, eta_min=.05, eta_max=.1)
@@ -1128,7 +1128,7 @@ def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0129
+# %% ../nbs/10_hardware.ipynb #c0130
 def capture_step(model:nn.Module,
                  opt,         # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
                  x:Tensor, y:Tensor, # (B, N) tokens and targets: fixed memory, fill them before each replay
@@ -1149,7 +1149,7 @@ def capture_step(model:nn.Module,
     with torch.cuda.graph(graph): loss = step()
     return graph.replay, loss
 
-# %% ../nbs/10_hardware.ipynb #c0133
+# %% ../nbs/10_hardware.ipynb #c0134
 def _rivals(): return importlib.import_module('resnet_bk.' + 'benchmarks')   # only these commands look up to the rivals; nothing is imported with this module
 
 def _ms(f, dev, rounds=10):
@@ -1184,7 +1184,7 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
         kernels.chunks = None
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0134
+# %% ../nbs/10_hardware.ipynb #c0135
 def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
     "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
     layers, rows = {'BKMixer': BKMixer(d).to(dev), 'BKAttention': BKAttention(d).to(dev), 'SDPA': _rivals()._SDPA(d, max(1, d//64)).to(dev)}, []
@@ -1212,7 +1212,7 @@ def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(
         rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
     return rows
 
-# %% ../nbs/10_hardware.ipynb #c0136
+# %% ../nbs/10_hardware.ipynb #c0137
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
     "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
     v = torch.randn(B, N, C, device=dev); fast = 'cuda' if dev == 'cuda' else 'emulated'; op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
@@ -1231,7 +1231,7 @@ def gpu_benchmark():
     rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
     print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
 
-# %% ../nbs/10_hardware.ipynb #c0140
+# %% ../nbs/10_hardware.ipynb #c0141
 def main(argv=None)->int: # exit code
     "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
     import argparse
@@ -1246,6 +1246,6 @@ def main(argv=None)->int: # exit code
     except ValueError as e: print(e, file=sys.stderr); return 1
     print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5"); return int(not top['error'] <= 1e-5)
 
-# %% ../nbs/10_hardware.ipynb #c0142
+# %% ../nbs/10_hardware.ipynb #c0143
 #| eval: false
 if __name__ == '__main__': sys.exit(main())

@@ -9,14 +9,14 @@ __all__ = ['HOOKS', 'lm_loss', 'lr_at', 'keep_memory', 'param_groups', 'Training
            'check_checkpoint', 'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module',
            'NumericalStabilityMonitor']
 
-# %% ../nbs/05_learner.ipynb #c0004
+# %% ../nbs/05_learner.ipynb #c0005
 import atexit, copy, ctypes, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time, weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/05_learner.ipynb #c0005
+# %% ../nbs/05_learner.ipynb #c0006
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 from .moe import load_balance_loss, move_bias, moe_layers, router_z_loss, routing_entropy
 
-# %% ../nbs/05_learner.ipynb #c0009
+# %% ../nbs/05_learner.ipynb #c0010
 def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
     targets:Tensor, # (B, N) int64 token ids; -100 where nothing is asked
 )->Tensor: # () mean cross-entropy, nats per token
@@ -42,7 +42,7 @@ def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
     total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction='sum')
     return total / (targets != -100).sum().clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #c0018
+# %% ../nbs/05_learner.ipynb #c0019
 def lr_at(done:float, # share of the budget spent, 0 to 1
     warmup:float=0.05, # share of the budget that warms up
     min_frac:float=0., # where the line ends, as a share of the peak
@@ -52,7 +52,7 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
     phase = min(1., (done-warmup)/(1-warmup))
     return 1 - (1-min_frac)*phase
 
-# %% ../nbs/05_learner.ipynb #c0022
+# %% ../nbs/05_learner.ipynb #c0023
 def keep_memory()->bool: # whether the C library took the advice
     "Let malloc keep what a training step frees instead of returning it to the system (glibc's `mallopt`; elsewhere nothing happens)."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -60,7 +60,7 @@ def keep_memory()->bool: # whether the C library took the advice
     TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
     return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**26), mallopt(MMAP_THRESHOLD, 2**25)])
 
-# %% ../nbs/05_learner.ipynb #c0025
+# %% ../nbs/05_learner.ipynb #c0026
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
@@ -71,7 +71,7 @@ def param_groups(model:nn.Module, # its trainable parameters are taken, each onc
     groups = [dict(params=yes, weight_decay=weight_decay), dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/05_learner.ipynb #c0029
+# %% ../nbs/05_learner.ipynb #c0030
 def _plain(v):
     "Tensors and numpy values as Python ones, non-finite floats as words"
     if isinstance(v, (Tensor, np.ndarray, np.generic)): v = v.tolist()
@@ -79,7 +79,7 @@ def _plain(v):
     if isinstance(v, (list, tuple)): return [_plain(o) for o in v]
     return str(v) if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../nbs/05_learner.ipynb #c0030
+# %% ../nbs/05_learner.ipynb #c0031
 @dataclass
 class TrainingMetrics:
     "What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` = not measured."
@@ -117,20 +117,20 @@ class TrainingMetrics:
     note: str = None # something happened here: a recovery, a change of phase
     extra: dict = field(default_factory=dict) # whatever else a callback logs
 
-# %% ../nbs/05_learner.ipynb #c0032
+# %% ../nbs/05_learner.ipynb #c0033
 @patch
 def to_dict(self:TrainingMetrics)->dict: # JSON-safe; what was not measured is left out
     "The record as plain Python values"
     return {k: _plain(v) for k,v in asdict(self).items() if v is not None and v != {}}
 
-# %% ../nbs/05_learner.ipynb #c0033
+# %% ../nbs/05_learner.ipynb #c0034
 @patch(cls_method=True)
 def from_dict(cls:TrainingMetrics, d:dict)->TrainingMetrics: # inverse of `to_dict`
     "A record from its plain values; the words for NaN and infinity become numbers again"
     word = lambda v: float(v) if v in ('nan', 'inf', '-inf') else v
     return cls(**{k: (v if isinstance(v, (list, dict)) else word(v)) for k,v in d.items()})
 
-# %% ../nbs/05_learner.ipynb #c0036
+# %% ../nbs/05_learner.ipynb #c0037
 def read_metrics(path, # a metrics.jsonl file
 )->list: # of TrainingMetrics, in the order written
     "The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is no such file."
@@ -140,11 +140,11 @@ def read_metrics(path, # a metrics.jsonl file
         except json.JSONDecodeError: break
     return out
 
-# %% ../nbs/05_learner.ipynb #c0039
+# %% ../nbs/05_learner.ipynb #c0040
 HOOKS = ('before_prepare before_fit before_epoch before_step before_batch after_pred after_loss after_backward '
          'before_optim after_step before_eval after_eval after_fit').split()
 
-# %% ../nbs/05_learner.ipynb #c0040
+# %% ../nbs/05_learner.ipynb #c0041
 class Callback:
     """A part that hooks into the loop: methods named as in `HOOKS`, called in rising `order`, which read and write `self.learn`.
     `state_dict` and `load_state_dict`, where a callback has them, go through the checkpoints. `TypeError` for a hook that does not exist."""
@@ -154,11 +154,11 @@ class Callback:
         odd = [n for n in vars(cls) if n.startswith(('before_', 'after_')) and n not in HOOKS]
         if odd: raise TypeError(f"{cls.__name__}.{odd[0]} is not a hook of the loop; the hooks are {', '.join(HOOKS)}")
 
-# %% ../nbs/05_learner.ipynb #c0043
+# %% ../nbs/05_learner.ipynb #c0044
 class CancelStep(Exception): "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
 class CancelFit(Exception): "Raised by a callback: end the run here, in good order; its text is shown"
 
-# %% ../nbs/05_learner.ipynb #c0045
+# %% ../nbs/05_learner.ipynb #c0046
 class Learner:
     "Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for settings that make no sense."
     defaults = [] # callback classes that every learner gets
@@ -193,7 +193,7 @@ class Learner:
         self._reset()
         for cb in [c() for c in self.defaults] + listify(cbs): self.add_cb(cb)
 
-# %% ../nbs/05_learner.ipynb #c0046
+# %% ../nbs/05_learner.ipynb #c0047
 @patch
 def _reset(self:Learner):
     "The variables of a run, at its start"
@@ -203,7 +203,7 @@ def _reset(self:Learner):
     self.history, self.logged, self.budget = [], {}, {}
     self.interrupted, self.error, self._stop, self._updating = False, None, False, False
 
-# %% ../nbs/05_learner.ipynb #c0047
+# %% ../nbs/05_learner.ipynb #c0048
 @patch
 def add_cb(self:Learner, cb:Callback)->Learner:
     "Add a callback. `TypeError` for anything else."
@@ -212,7 +212,7 @@ def add_cb(self:Learner, cb:Callback)->Learner:
     self.cbs = sorted(self.cbs + [cb], key=lambda c: c.order)
     return self
 
-# %% ../nbs/05_learner.ipynb #c0048
+# %% ../nbs/05_learner.ipynb #c0049
 @patch
 def cb(self:Learner, hook:str):
     "Call `hook` of every callback that has it, in order"
@@ -220,13 +220,13 @@ def cb(self:Learner, hook:str):
         f = getattr(c, hook, None)
         if f: f()
 
-# %% ../nbs/05_learner.ipynb #c0051
+# %% ../nbs/05_learner.ipynb #c0052
 @patch
 def log(self:Learner, **values):
     "Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`). Tensors stay on their device until then."
     self.logged.update({k: v.detach() if isinstance(v, Tensor) else v for k,v in values.items()})
 
-# %% ../nbs/05_learner.ipynb #c0052
+# %% ../nbs/05_learner.ipynb #c0053
 @patch
 def add_loss(self:Learner, name:str, # e.g. 'loss_koopman'
     value:Tensor, # () loss, nats or its own unit
@@ -236,20 +236,20 @@ def add_loss(self:Learner, name:str, # e.g. 'loss_koopman'
     self.loss = self.loss + weight*value
     self.log(**{name: value})
 
-# %% ../nbs/05_learner.ipynb #c0053
+# %% ../nbs/05_learner.ipynb #c0054
 @patch
 def say(self:Learner, text:str):
     "One line to the user, from the main process only and without breaking the progress bar"
     if self.is_main: tqdm.write(text, file=sys.stdout)
 
-# %% ../nbs/05_learner.ipynb #c0055
+# %% ../nbs/05_learner.ipynb #c0056
 def _accelerator(mixed_precision, log_with=None):
     "An Accelerator of this precision, also where an earlier one of this process had another"
     want = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != want: AcceleratorState._reset_state()
     return Accelerator(mixed_precision=want, log_with=log_with)
 
-# %% ../nbs/05_learner.ipynb #c0056
+# %% ../nbs/05_learner.ipynb #c0057
 def _leave(ref):
     "At exit with several processes: let go of the wrapper and close the process group, whose threads can abort a dying interpreter"
     learn = ref()
@@ -258,7 +258,7 @@ def _leave(ref):
     learn.accelerator.free_memory()
     learn.accelerator.end_training()
 
-# %% ../nbs/05_learner.ipynb #c0057
+# %% ../nbs/05_learner.ipynb #c0058
 @patch
 def prepare(self:Learner)->Learner:
     "Device, wrapper and optimiser: once, at the first `fit` or `evaluate`. `ValueError` for sharded training, which this loop does not do."
@@ -276,7 +276,7 @@ def prepare(self:Learner)->Learner:
     if acc.num_processes > 1: atexit.register(_leave, weakref.ref(self))
     return self
 
-# %% ../nbs/05_learner.ipynb #c0058
+# %% ../nbs/05_learner.ipynb #c0059
 @patch
 def _make_opt(self:Learner):
     "AdamW on `param_groups`, or what was given; `initial_lr` is the peak that the schedule scales"
@@ -286,25 +286,25 @@ def _make_opt(self:Learner):
     for g in opt.param_groups: g.setdefault('initial_lr', g['lr'])
     return opt
 
-# %% ../nbs/05_learner.ipynb #c0059
+# %% ../nbs/05_learner.ipynb #c0060
 @patch(as_prop=True)
 def is_main(self:Learner)->bool: # True in the process that prints and writes
     "Whether this is the main process"
     return int(os.environ.get('RANK', 0)) == 0 if self.net is None else self.accelerator.is_main_process
 
-# %% ../nbs/05_learner.ipynb #c0060
+# %% ../nbs/05_learner.ipynb #c0061
 @patch(as_prop=True)
 def world(self:Learner)->int: # 1 without torchrun
     "Number of processes"
     return self.accelerator.num_processes
 
-# %% ../nbs/05_learner.ipynb #c0061
+# %% ../nbs/05_learner.ipynb #c0062
 @patch(as_prop=True)
 def share(self:Learner)->int: # 1: every batch of `data.train` is for this process
     "Of how many batches this process takes one: of `world`, unless the data was made for this `rank` already"
     return self.world if getattr(self.data.train, 'world', 1) == 1 else 1
 
-# %% ../nbs/05_learner.ipynb #c0064
+# %% ../nbs/05_learner.ipynb #c0065
 @patch
 def _set_budget(self:Learner, steps=None, epochs=None, minutes=None):
     "Keep the one budget that was given. `ValueError` for none, two, or one that is not positive."
@@ -316,25 +316,25 @@ def _set_budget(self:Learner, steps=None, epochs=None, minutes=None):
     self.steps_per_epoch = max(1, len(self.data.train)//(self.accumulate*self.share))
     self.total_steps = None if unit == 'minutes' else max(1, round(n if unit == 'steps' else n*self.steps_per_epoch))
 
-# %% ../nbs/05_learner.ipynb #c0065
+# %% ../nbs/05_learner.ipynb #c0066
 @patch(as_prop=True)
 def spent(self:Learner)->float: # 0 at the start, 1 or more at the end
     "Share of the budget that is used up"
     return self.step/self.total_steps if self.total_steps else self.elapsed/(60*self.budget['minutes'])
 
-# %% ../nbs/05_learner.ipynb #c0066
+# %% ../nbs/05_learner.ipynb #c0067
 @patch(as_prop=True)
 def done(self:Learner)->bool: # True when nothing is left
     "Whether the budget is used up"
     return self.spent >= 1
 
-# %% ../nbs/05_learner.ipynb #c0067
+# %% ../nbs/05_learner.ipynb #c0068
 @patch(as_prop=True)
 def epoch(self:Learner)->float: # 1.5: halfway through the second pass
     "Passes over the training text so far"
     return self.step/self.steps_per_epoch
 
-# %% ../nbs/05_learner.ipynb #c0070
+# %% ../nbs/05_learner.ipynb #c0071
 @patch
 def _one_batch(self:Learner, last:bool):
     "Forward, loss and backward of one batch; with several processes gradients are exchanged only at the `last` one of a step"
@@ -348,7 +348,7 @@ def _one_batch(self:Learner, last:bool):
         self.accelerator.backward(self.loss/self.accumulate)
         self.cb('after_backward')
 
-# %% ../nbs/05_learner.ipynb #c0071
+# %% ../nbs/05_learner.ipynb #c0072
 @patch
 def one_step(self:Learner):
     "`accumulate` batches and one update of the weights; a `CancelStep` on the way leaves the weights alone"
@@ -365,7 +365,7 @@ def one_step(self:Learner):
     self._tick()
     self.cb('after_step')
 
-# %% ../nbs/05_learner.ipynb #c0072
+# %% ../nbs/05_learner.ipynb #c0073
 @patch
 def _update(self:Learner):
     "Measure the gradient, ask the callbacks, clip, step. The norm is taken before clipping: a NaN norm would spread into every gradient."
@@ -381,7 +381,7 @@ def _update(self:Learner):
     self.opt.step()
     self._updating = False
 
-# %% ../nbs/05_learner.ipynb #c0073
+# %% ../nbs/05_learner.ipynb #c0074
 @patch
 def _set_lr(self:Learner):
     "The schedule's learning rate for the step at hand, taken at its middle so that the first is not zero"
@@ -390,7 +390,7 @@ def _set_lr(self:Learner):
     for g in self.opt.param_groups: g['lr'] = g['initial_lr']*scale
     self.lr_now = self.opt.param_groups[0]['lr']
 
-# %% ../nbs/05_learner.ipynb #c0074
+# %% ../nbs/05_learner.ipynb #c0075
 @patch
 def _next_batch(self:Learner):
     "The next (x, y) of this process: of every `share` batches, each process takes its own"
@@ -399,7 +399,7 @@ def _next_batch(self:Learner):
     self.tokens += x.numel()*self.world
     return x, y
 
-# %% ../nbs/05_learner.ipynb #c0075
+# %% ../nbs/05_learner.ipynb #c0076
 @patch
 def _tick(self:Learner):
     "Read the clock and the wish to stop. Several processes must agree on both, which costs a message, so they do it every `log_every` steps."
@@ -410,7 +410,7 @@ def _tick(self:Learner):
         now, stop = self.accelerator.reduce(t, 'sum').tolist()
     self.elapsed, self.interrupted = now, bool(stop)
 
-# %% ../nbs/05_learner.ipynb #c0077
+# %% ../nbs/05_learner.ipynb #c0078
 @contextmanager
 def _ctrl_c(learn):
     "The first Ctrl-C asks for a stop after the step at hand, the second stops at once"
@@ -422,7 +422,7 @@ def _ctrl_c(learn):
     try: yield
     finally: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/05_learner.ipynb #c0078
+# %% ../nbs/05_learner.ipynb #c0079
 @patch
 def fit(self:Learner,
     steps:int=None, epochs:float=None, minutes:float=None, # the budget: exactly one of them
@@ -442,7 +442,7 @@ def fit(self:Learner,
         self.cb('after_fit')
     return self
 
-# %% ../nbs/05_learner.ipynb #c0079
+# %% ../nbs/05_learner.ipynb #c0080
 @patch
 def _begin(self:Learner, steps, epochs, minutes, resume):
     "Everything between the call of `fit` and the first step"
@@ -461,7 +461,7 @@ def _begin(self:Learner, steps, epochs, minutes, resume):
     self._stream = self.data.train.forever()
     self._t0 = time.perf_counter() - self.elapsed
 
-# %% ../nbs/05_learner.ipynb #c0081
+# %% ../nbs/05_learner.ipynb #c0082
 @patch
 def _fresh(self:Learner):
     "State of a new run"
@@ -471,7 +471,7 @@ def _fresh(self:Learner):
     self.opt.optimizer.state.clear()
     self.data.train.load_state_dict({k: 0 if k in ('epoch', 'index') else v for k,v in self.data.train.state_dict().items()})
 
-# %% ../nbs/05_learner.ipynb #c0082
+# %% ../nbs/05_learner.ipynb #c0083
 @patch
 def _open_folder(self:Learner):
     "Find out now, not at the first checkpoint, whether the folder can be written"
@@ -481,7 +481,7 @@ def _open_folder(self:Learner):
         with tempfile.TemporaryFile(dir=self.folder) as f: f.write(b'x')
     except OSError as e: raise OSError(f'cannot write to {self.folder} ({e.strerror}): give Learner a folder on a disk with room') from e
 
-# %% ../nbs/05_learner.ipynb #c0094
+# %% ../nbs/05_learner.ipynb #c0095
 @patch
 def _sums(self:Learner, x, y):
     "Summed loss, number of targets, number guessed right, on the CPU"
@@ -490,7 +490,7 @@ def _sums(self:Learner, x, y):
     n = (y != -100).sum()
     return torch.stack([lm_loss(logits, y)*n, n, (logits.argmax(-1) == y).sum()]).cpu().double()
 
-# %% ../nbs/05_learner.ipynb #c0095
+# %% ../nbs/05_learner.ipynb #c0096
 @patch
 def evaluate(self:Learner, batches:int=None, # how many validation batches; None: all
 )->dict: # nats per token, perplexity, bits per byte
@@ -510,7 +510,7 @@ def evaluate(self:Learner, batches:int=None, # how many validation batches; None
     self.cb('after_eval')
     return self.valid
 
-# %% ../nbs/05_learner.ipynb #c0099
+# %% ../nbs/05_learner.ipynb #c0100
 class Evaluator(Callback):
     "Evaluates every `eval_every` steps and at the end; keeps the `best` validation loss"
     order = -20
@@ -522,7 +522,7 @@ class Evaluator(Callback):
         l.log(accuracy=l.valid_accuracy, **{f'valid_{k}': v for k,v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
 Learner.defaults.append(Evaluator)
 
-# %% ../nbs/05_learner.ipynb #c0102
+# %% ../nbs/05_learner.ipynb #c0103
 def peak_memory_mb(device=None)->float: # None where the platform does not tell
     "Peak memory in MB: of the GPU where there is one, else of this process"
     if device is not None and device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
@@ -530,7 +530,7 @@ def peak_memory_mb(device=None)->float: # None where the platform does not tell
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/05_learner.ipynb #c0104
+# %% ../nbs/05_learner.ipynb #c0105
 class Recorder(Callback):
     "Averages the losses of `log_every` steps into one `TrainingMetrics`: into `learn.history`, and into `metrics.jsonl` where there is a folder"
     order = -10
@@ -553,7 +553,7 @@ class Recorder(Callback):
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
 Learner.defaults.append(Recorder)
 
-# %% ../nbs/05_learner.ipynb #c0105
+# %% ../nbs/05_learner.ipynb #c0106
 @patch
 def record(self:Recorder):
     "One record from the steps since the last one"
@@ -571,7 +571,7 @@ def record(self:Recorder):
     self.window, l.logged = [], {}
     self.write(m)
 
-# %% ../nbs/05_learner.ipynb #c0106
+# %% ../nbs/05_learner.ipynb #c0107
 @patch
 def speed(self:Recorder)->dict:
     "Time and tokens since the last record, evaluation and saving not counted"
@@ -581,7 +581,7 @@ def speed(self:Recorder)->dict:
     return dict(tokens=l.tokens, tokens_per_s=(l.tokens-tokens)/dt, total_time_ms=1e3*dt/max(1, l.step-step),
                 elapsed_s=round(time.perf_counter()-l._t0, 3), peak_memory_mb=peak_memory_mb(l.device))
 
-# %% ../nbs/05_learner.ipynb #c0107
+# %% ../nbs/05_learner.ipynb #c0108
 @patch
 def write(self:Recorder, m:TrainingMetrics):
     "Keep a record; on the main process also as a line of the file and, where asked for, in accelerate's trackers"
@@ -593,7 +593,7 @@ def write(self:Recorder, m:TrainingMetrics):
         with self.path.open('a') as f: f.write(json.dumps(m.to_dict(), allow_nan=False) + '\n')
     except OSError as e: raise OSError(f'step {m.step} could not be recorded in {self.path} ({e.strerror}): free some space, then fit(resume=True)') from e
 
-# %% ../nbs/05_learner.ipynb #c0118
+# %% ../nbs/05_learner.ipynb #c0119
 class Progress(Callback):
     "The progress bar: steps, or minutes where the budget is minutes"
     order, bar = 90, None
@@ -621,10 +621,10 @@ class Progress(Callback):
         m, v = self.learn.history[-1], self.learn.valid
         return (f'loss {m.loss_lm:.3f}, ' + (f'{m.bpb:.3f} bits/byte, ' if m.bpb else '') + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
 
-# %% ../nbs/05_learner.ipynb #c0119
+# %% ../nbs/05_learner.ipynb #c0120
 Learner.defaults.append(Progress)
 
-# %% ../nbs/05_learner.ipynb #c0123
+# %% ../nbs/05_learner.ipynb #c0124
 @patch
 def loss_figure(self:Learner): # matplotlib Figure
     "Training and validation loss against the unigram and bigram floors, recoveries marked. `ValueError` before the first record."
@@ -642,7 +642,7 @@ def loss_figure(self:Learner): # matplotlib Figure
     ax.legend(); ax.grid(alpha=0.3); fig.tight_layout()
     return fig
 
-# %% ../nbs/05_learner.ipynb #c0124
+# %% ../nbs/05_learner.ipynb #c0125
 @patch
 def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png`, or nowhere without a folder
 ): # matplotlib Figure
@@ -652,7 +652,7 @@ def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png
     if path: fig.savefig(path, dpi=120)
     return fig
 
-# %% ../nbs/05_learner.ipynb #c0129
+# %% ../nbs/05_learner.ipynb #c0130
 class LivePlot(Callback):
     "Redraws the loss plot in a notebook every `every` seconds; does nothing elsewhere"
     order = 95
@@ -670,7 +670,7 @@ class LivePlot(Callback):
         else: self.handle.update(fig)
         plt.close(fig); self.last = time.perf_counter()
 
-# %% ../nbs/05_learner.ipynb #c0132
+# %% ../nbs/05_learner.ipynb #c0133
 class Timing(Callback):
     "Logs `forward_time_ms` (with the loss) and `backward_time_ms` of a batch; waits for the GPU at both ends"
     order = 100
@@ -683,7 +683,7 @@ class Timing(Callback):
         self.learn.log(forward_time_ms=1e3*(now-self.t)); self.t = now
     def after_backward(self): self.learn.log(backward_time_ms=1e3*(self._now()-self.t))
 
-# %% ../nbs/05_learner.ipynb #moe02
+# %% ../nbs/05_learner.ipynb #c0136
 class MoEBalance(Callback):
     "Adds the load-balance and the router z-loss of every mixture of experts, moves its bias at `bias_rate`, and logs `expert_usage` (a row per layer, summed since the last record) and `routing_entropy`. `ValueError` for a model without experts."
     order = -15 # before the Recorder
@@ -709,7 +709,7 @@ class MoEBalance(Callback):
         self.learn.log(expert_usage=self.used/self.used.sum(-1, keepdim=True).clamp(min=1))
         if self.bias_rate: [move_bias(m, c, self.bias_rate) for m,c in zip(self.layers, self.counts)]
 
-# %% ../nbs/05_learner.ipynb #c0137
+# %% ../nbs/05_learner.ipynb #c0142
 def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays
 )->tuple: # a JSON-safe tree, and a dict of the tensors in it by path
     "Split a nested state into JSON and tensors, without pickle. `TypeError` names what cannot be kept."
@@ -730,7 +730,7 @@ def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, num
         raise TypeError(f'a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; {path or "it"} is a {type(o).__name__}')
     return go(obj, ''), tensors
 
-# %% ../nbs/05_learner.ipynb #c0138
+# %% ../nbs/05_learner.ipynb #c0143
 def unpack_state(tree, # from `pack_state`
     tensors:dict, # by path
 ): # the nested state
@@ -743,26 +743,26 @@ def unpack_state(tree, # from `pack_state`
     if '$tuple' in o: return tuple(go(v) for v in o['$tuple'])
     return {go(k): go(v) for k,v in o['$dict']}
 
-# %% ../nbs/05_learner.ipynb #c0142
+# %% ../nbs/05_learner.ipynb #c0147
 def rng_state()->dict: # what `set_rng_state` takes
     "The state of all random number generators that training may use"
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda)
 
-# %% ../nbs/05_learner.ipynb #c0143
+# %% ../nbs/05_learner.ipynb #c0148
 def set_rng_state(s:dict): # from `rng_state`
     "Put all random number generators back; those of GPUs only where the number of GPUs is the same"
     random.setstate(s['python']); np.random.set_state(s['numpy']); torch.set_rng_state(s['torch'])
     if s['cuda'] and torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
 
-# %% ../nbs/05_learner.ipynb #c0146
+# %% ../nbs/05_learner.ipynb #c0151
 def _sha256(path):
     h = hashlib.sha256()
     with open(path, 'rb') as f:
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
-# %% ../nbs/05_learner.ipynb #c0147
+# %% ../nbs/05_learner.ipynb #c0152
 def _fsync(path):
     "Push a file, or on POSIX a folder, to the disk"
     if os.name != 'posix' and Path(path).is_dir(): return
@@ -770,7 +770,7 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/05_learner.ipynb #c0148
+# %% ../nbs/05_learner.ipynb #c0153
 def _seal(tmp):
     "Manifest of a finished temporary folder; everything in it pushed to the disk"
     files = sorted(f for f in tmp.rglob('*') if f.is_file())
@@ -778,7 +778,7 @@ def _seal(tmp):
     (tmp/'manifest.json').write_text(json.dumps(dict(files=man), indent=1))
     for f in [*files, tmp/'manifest.json', tmp]: _fsync(f)
 
-# %% ../nbs/05_learner.ipynb #c0149
+# %% ../nbs/05_learner.ipynb #c0154
 def write_checkpoint(folder, # holds the checkpoints
     step:int, # names this one
     write, # function that writes its files into the folder it is given
@@ -804,13 +804,13 @@ def write_checkpoint(folder, # holds the checkpoints
     for d in _steps(folder)[max(1, keep):]: shutil.rmtree(d, ignore_errors=True)
     return new
 
-# %% ../nbs/05_learner.ipynb #c0150
+# %% ../nbs/05_learner.ipynb #c0155
 def _steps(folder):
     "Checkpoints by name, newest first"
     try: return sorted(Path(folder).glob('step-*'), reverse=True)
     except OSError: return []
 
-# %% ../nbs/05_learner.ipynb #c0155
+# %% ../nbs/05_learner.ipynb #c0160
 def check_checkpoint(path, # one checkpoint folder
 )->str: # '' when it is whole, else what is wrong with it
     "Compare a checkpoint with its manifest: presence, length and sha256 of every file."
@@ -823,7 +823,7 @@ def check_checkpoint(path, # one checkpoint folder
         if _sha256(f) != want['sha256']: return f'{name} was altered (sha256 differs)'
     return ''
 
-# %% ../nbs/05_learner.ipynb #c0156
+# %% ../nbs/05_learner.ipynb #c0161
 def newest_checkpoint(folder, # holds the checkpoints
     say=print, # gets a line for every damaged one
 )->Path: # None when there is none
@@ -836,7 +836,7 @@ def newest_checkpoint(folder, # holds the checkpoints
         say(f'checkpoint {path.name} is damaged: {wrong}; {then}')
     if have: raise ValueError(f'every checkpoint in {folder} is damaged: delete the folder and start again')
 
-# %% ../nbs/05_learner.ipynb #c0162
+# %% ../nbs/05_learner.ipynb #c0167
 @patch
 def state(self:Learner)->dict: # nested; see `pack_state`
     "All that the next step depends on, besides the weights"
@@ -846,7 +846,7 @@ def state(self:Learner)->dict: # nested; see `pack_state`
         ranks=gather_object(mine) if self.world > 1 else mine, opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else None,
         cbs={type(c).__name__: c.state_dict() for c in self.cbs if hasattr(c, 'state_dict')})
 
-# %% ../nbs/05_learner.ipynb #c0163
+# %% ../nbs/05_learner.ipynb #c0168
 @patch
 def save(self:Learner)->Path: # the checkpoint; None on other processes than the main one
     "Write a checkpoint of this moment into `folder`. `ValueError` without a folder, `OSError` when it cannot be written."
@@ -862,7 +862,7 @@ def save(self:Learner)->Path: # the checkpoint; None on other processes than the
     self.paused += time.perf_counter() - start
     return path
 
-# %% ../nbs/05_learner.ipynb #c0164
+# %% ../nbs/05_learner.ipynb #c0169
 @patch
 def load(self:Learner, path, # a checkpoint folder
 )->dict: # its state; see `Learner.state`
@@ -880,7 +880,7 @@ def load(self:Learner, path, # a checkpoint folder
     if saved['scaler'] and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(saved['scaler'])
     return saved
 
-# %% ../nbs/05_learner.ipynb #c0165
+# %% ../nbs/05_learner.ipynb #c0170
 @patch
 def _resume(self:Learner):
     "Take over the newest whole checkpoint; with none, a new run"
@@ -895,7 +895,7 @@ def _resume(self:Learner):
     self.say(f'resumed from {path.name}')
     return saved
 
-# %% ../nbs/05_learner.ipynb #c0166
+# %% ../nbs/05_learner.ipynb #c0171
 @patch
 def _restore(self:Learner, saved:dict):
     "Position in the text, memory of the callbacks and random numbers, just before the first step"
@@ -909,7 +909,7 @@ def _restore(self:Learner, saved:dict):
         self.say(f'the checkpoint is of {len(ranks)} process(es), this run has {self.world}: random numbers start afresh')
         set_seed(self.seed + self.step + rank)
 
-# %% ../nbs/05_learner.ipynb #c0168
+# %% ../nbs/05_learner.ipynb #c0173
 class Checkpointer(Callback):
     "Saves every `checkpoint_every` steps and at the end, also after Ctrl-C; at the end draws `loss.png`"
     order, saved = 80, None
@@ -936,26 +936,26 @@ class Checkpointer(Callback):
         import matplotlib.pyplot as plt
         plt.close(self.learn.plot_losses())
 
-# %% ../nbs/05_learner.ipynb #c0169
+# %% ../nbs/05_learner.ipynb #c0174
 def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a parameter or buffer
     "Whether every number in the model is finite"
     return bool(torch.stack([torch.isfinite(t).all() for t in model.state_dict().values()] or [torch.tensor(True)]).all())
 Learner.defaults.append(Checkpointer)
 
-# %% ../nbs/05_learner.ipynb #c0191
+# %% ../nbs/05_learner.ipynb #c0196
 def _tensors(o):
     "All tensors in a nest of tuples, lists and dicts"
     if isinstance(o, Tensor): return [o]
     if isinstance(o, dict): o = list(o.values())
     return [t for v in o for t in _tensors(v)] if isinstance(o, (list, tuple)) else []
 
-# %% ../nbs/05_learner.ipynb #c0192
+# %% ../nbs/05_learner.ipynb #c0197
 def _kind(t):
     "'NaN', 'Inf' or ''"
     if not (t.is_floating_point() or t.is_complex()): return ''
     return 'NaN' if torch.isnan(t).any() else 'Inf' if torch.isinf(t).any() else ''
 
-# %% ../nbs/05_learner.ipynb #c0193
+# %% ../nbs/05_learner.ipynb #c0198
 def first_bad_module(model:nn.Module, *args, # what the model is called with
 )->str: # e.g. 'NaN in the output of blocks.1.mixer'; '' when all is finite
     "Run the model once, without gradients, and name the first module whose output is not finite. Random numbers are left as they were."
@@ -973,7 +973,7 @@ def first_bad_module(model:nn.Module, *args, # what the model is called with
         for h in handles: h.remove()
     return bad[0] if bad else ''
 
-# %% ../nbs/05_learner.ipynb #c0198
+# %% ../nbs/05_learner.ipynb #c0203
 class NumericalStabilityMonitor(Callback):
     """Keeps NaN and infinity out of the weights: a bad step is never applied, its culprit is named, and one remedy after the other is tried.
     Costs one comparison a step (which on a GPU waits for the step). `RuntimeError` when all remedies are used up."""
@@ -990,7 +990,7 @@ class NumericalStabilityMonitor(Callback):
         self.recovery_strategies = ['reduce_learning_rate', 'reduce_v_max', 'reduce_feature_clamp', 'adjust_grad_blend', 'reset_to_checkpoint']
     def before_fit(self): self.model = self.model or self.learn.model
 
-# %% ../nbs/05_learner.ipynb #c0200
+# %% ../nbs/05_learner.ipynb #c0205
 @patch
 def check_tensors(self:NumericalStabilityMonitor, tensors, names, # a list of tensors and one of their names
 )->tuple: # (is_stable, issues)
@@ -1000,7 +1000,7 @@ def check_tensors(self:NumericalStabilityMonitor, tensors, names, # a list of te
     self.inf_count += sum(i.startswith('Inf') for i in issues)
     return not issues, issues
 
-# %% ../nbs/05_learner.ipynb #c0201
+# %% ../nbs/05_learner.ipynb #c0206
 @patch
 def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues)
     "Look for NaN, infinity and norms above `grad_norm_threshold` in the gradients of the model, by parameter"
@@ -1011,7 +1011,7 @@ def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues
     self.large_grad_count += len(large)
     return not issues + large, issues + large
 
-# %% ../nbs/05_learner.ipynb #c0204
+# %% ../nbs/05_learner.ipynb #c0209
 @patch
 def _scale(self:NumericalStabilityMonitor, attr, rule):
     "Apply `rule` to the number or tensor `attr` of every module that has one"
@@ -1022,7 +1022,7 @@ def _scale(self:NumericalStabilityMonitor, attr, rule):
     for n,m,old in hit: self._set(n, m, attr, rule(old.detach() if isinstance(old, Tensor) else old))
     return (True, f'{attr} is now {mean():.4g}') if mean() != was else (False, f'{attr} is {was:.4g} already')
 
-# %% ../nbs/05_learner.ipynb #c0205
+# %% ../nbs/05_learner.ipynb #c0210
 @patch
 def _set(self:NumericalStabilityMonitor, name, mod, attr, value):
     "Set a bound and remember it, so that a resumed run has it too"
@@ -1032,7 +1032,7 @@ def _set(self:NumericalStabilityMonitor, name, mod, attr, value):
     else: setattr(mod, attr, value)
     self.changed.setdefault(attr, {})[name] = value
 
-# %% ../nbs/05_learner.ipynb #c0206
+# %% ../nbs/05_learner.ipynb #c0211
 @patch
 def _reduce_learning_rate(self:NumericalStabilityMonitor):
     if self.learn is None: return False, 'there is no learner whose learning rate to halve'
@@ -1056,7 +1056,7 @@ def _reset_to_checkpoint(self:NumericalStabilityMonitor):
     l.load(path)
     return True, f'weights and optimiser are back at {path.name}'
 
-# %% ../nbs/05_learner.ipynb #c0207
+# %% ../nbs/05_learner.ipynb #c0212
 @patch
 def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wrong, for the message
 )->bool: # True; there is an error otherwise
@@ -1073,7 +1073,7 @@ def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wr
     over = f' (passed over: {", ".join(passed)})' if passed else ''
     raise RuntimeError(f'{cause}; all recovery strategies are used up{over}. The bad steps were not applied: the weights are those of the last good one')
 
-# %% ../nbs/05_learner.ipynb #c0211
+# %% ../nbs/05_learner.ipynb #c0216
 @patch
 def before_optim(self:NumericalStabilityMonitor):
     l = self.learn
@@ -1089,7 +1089,7 @@ def before_optim(self:NumericalStabilityMonitor):
     l.log(note=self.events[-1])
     raise CancelStep
 
-# %% ../nbs/05_learner.ipynb #c0212
+# %% ../nbs/05_learner.ipynb #c0217
 @patch
 def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output of blocks.1.mixer'
     "Name the first tensor of the step at hand that is not finite"
@@ -1107,7 +1107,7 @@ def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output
     issues = [i for i in self.check_gradients()[1] if not i.startswith('large')]
     return f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '') if issues else 'the gradient norm overflows'
 
-# %% ../nbs/05_learner.ipynb #c0213
+# %% ../nbs/05_learner.ipynb #c0218
 @patch
 def state_dict(self:NumericalStabilityMonitor)->dict:
     "Counters, and the bounds that were tightened"

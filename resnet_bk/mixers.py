@@ -7,7 +7,7 @@ __all__ = ['CPP_MATH', 'CPP_LAYER', 'CPP_LAYER_BACKWARD', 'CPP_LAYER_ENTRY', 'LA
            'CPP_ATTENTION_BACKWARD', 'CPP_ATTENTION_ENTRY', 'ATTENTION', 'ShortConv', 'Spectrum', 'BKMixer', 'layer_op',
            'layer_backward_op', 'resolvent_attention', 'BKAttention', 'attention_op', 'attention_backward_op']
 
-# %% ../nbs/02_mixers.ipynb #c0003
+# %% ../nbs/02_mixers.ipynb #c0004
 import ctypes, math, torch
 from typing import List, Optional, Tuple
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .bk_core import resolvent_diag, resolvent_mix, CppLibrary, CPP_LANES
 
-# %% ../nbs/02_mixers.ipynb #c0006
+# %% ../nbs/02_mixers.ipynb #c0007
 class _CausalTaps(torch.autograd.Function):
     "`out_i = Σ_k f_k x_{i-k}` with taps f (W, C), newest first, and `past` (B, W-1, C) before x or None; `same` (W, B, N, 1) switches taps off across a cut."
     @staticmethod
@@ -41,7 +41,7 @@ class _CausalTaps(torch.autograd.Function):
             df.append(d)
         return dx, torch.stack(df), n_past, None
 
-# %% ../nbs/02_mixers.ipynb #c0007
+# %% ../nbs/02_mixers.ipynb #c0008
 class ShortConv(nn.Module):
     "Causal depthwise convolution over the last `width` tokens, as Mamba and its kin use it."
     def __init__(self,
@@ -75,7 +75,7 @@ class ShortConv(nn.Module):
         seg = F.pad(cut[:,max(0, N-W+1):].long().cumsum(1), (W-1, 0))[:,-(W-1):]
         return new*(seg == seg[:,-1:])[...,None]                # forget what lies behind the last cut
 
-# %% ../nbs/02_mixers.ipynb #c0011
+# %% ../nbs/02_mixers.ipynb #c0012
 class Spectrum(nn.Module):
     "Learned `z = E + iη` of `n` chains: E spread over the band (-4, 0), η from `eta_max` down to `eta_min` on a logarithmic scale."
     def __init__(self,
@@ -93,14 +93,14 @@ class Spectrum(nn.Module):
 
     def forward(self): return torch.complex(*(x if x.dtype == torch.float64 else x.float() for x in (self.E, self.log_eta.exp())))
 
-# %% ../nbs/02_mixers.ipynb #c0014
+# %% ../nbs/02_mixers.ipynb #c0015
 def _hop_of(cut, state): # (B, N) cuts -> hopping (B, N-1, 1), or (B, N, 1) onto a state
     if cut is None: return None
     return (~(cut if state is not None else cut[:,1:]))[...,None].float()
 
 def _float(x): return x if x.dtype == torch.float64 else x.float()
 
-# %% ../nbs/02_mixers.ipynb #c0015
+# %% ../nbs/02_mixers.ipynb #c0016
 class BKMixer(nn.Module):
     """Causal resolvent mixer, one chain per channel: `y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j` with a learned z per channel and an absorbing potential per token as forget gate. O(N).
 
@@ -136,7 +136,7 @@ class BKMixer(nn.Module):
             self.norm = nn.RMSNorm(features*C, eps=1e-5)
         self.out_proj = nn.Linear(features*C, d_model, bias=False)
 
-# %% ../nbs/02_mixers.ipynb #c0017
+# %% ../nbs/02_mixers.ipynb #c0018
 @patch
 def forward(self:BKMixer,
     x:Tensor,               # (B, N, D)
@@ -178,7 +178,7 @@ def _parts(self:BKMixer, x):
 BKMixer._can_fuse = lambda *_: False                    # until the kernel is there
 BKMixer.extra_repr = lambda self: f'{self.kind}, {self.channels} chains' + ('' if self.causal else ', two-sided')
 
-# %% ../nbs/02_mixers.ipynb #c0024
+# %% ../nbs/02_mixers.ipynb #c0025
 CPP_MATH = r'''
 #include <cmath>
 struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
@@ -208,7 +208,7 @@ template <class T, class M> struct Mem {
 };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0025
+# %% ../nbs/02_mixers.ipynb #c0026
 CPP_MATH += r'''
 static inline Lanes<float>::V vexp(Lanes<float>::V x) { // e^x to 1 ulp or two: 2^n times a polynomial (Cephes)
   typedef Lanes<float>::V V; typedef Vec<int32_t, Lanes<float>::W>::V J;
@@ -234,7 +234,7 @@ static inline int bk_thread() { return 0; }
 #endif
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0027
+# %% ../nbs/02_mixers.ipynb #c0028
 CPP_LAYER = r'''
 enum { ROWS = 32 };                                   // tokens per block
 struct Shape { I B, N, C, F; int nin, feat, act, threads; double vmax, eps; I blocks() const { return (N + ROWS - 1) / ROWS; } I P() const { return nin * C; } };
@@ -252,7 +252,7 @@ template <class T, class M, int CW> struct Layer {
   struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], u, w, v, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0029
+# %% ../nbs/02_mixers.ipynb #c0030
 CPP_LAYER += r'''
   void open(Tile& t, I b, I c) const {
     t.c = c; t.n = (int)std::min<I>(W, s.C - c);
@@ -276,7 +276,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0031
+# %% ../nbs/02_mixers.ipynb #c0032
 CPP_LAYER += r'''
   V row(I b, I t, int p, I c, int n) const {
     if (t >= 0) return ME::ld(h + b * hb + t * hn + p * s.C + c, n);
@@ -294,7 +294,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0033
+# %% ../nbs/02_mixers.ipynb #c0034
 CPP_LAYER += r'''
   // u, w, v, then pivots and mixed values of one block of rows; leaves the state after it in the tile
   void sweep(Tile& t, Block& k, I b, I t0, I t1, I ahead) const {
@@ -319,7 +319,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0035
+# %% ../nbs/02_mixers.ipynb #c0036
 CPP_LAYER += r'''
   // y in place -> norm(y) * weight * silu(gate), for rows [t0, t1) of batch row b, given the sums of squares
   void finish(I b, I t0, I t1, const T* ss) const {
@@ -349,7 +349,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0037
+# %% ../nbs/02_mixers.ipynb #c0038
 CPP_LAYER += r'''
   void forward() const {
     const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts;
@@ -384,7 +384,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0039
+# %% ../nbs/02_mixers.ipynb #c0040
 CPP_LAYER_BACKWARD = r'''
   struct Adj { Complex<V> P, L; V D[3][CW]; };          // carried from right to left: P, L and what the convolution still owes the rows before
   void add(double* sum, I at, I c, V x, int n) const { double* q = sum + at * s.C + c; for (int i = 0; i < n; i++) q[i] += x[i]; }
@@ -406,7 +406,7 @@ CPP_LAYER_BACKWARD = r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0041
+# %% ../nbs/02_mixers.ipynb #c0042
 CPP_LAYER_BACKWARD += r'''
   void back(Tile& t, Adj& a, Block& k, I b, I t0, I t1, const T* m, double* sum) const {
     const I n = t1 - t0, D = s.feat * s.C; load(t, ck + ((b * s.blocks() + t0 / ROWS) * s.C + t.c) * 4); sweep(t, k, b, t0, t1, -ROWS);
@@ -446,7 +446,7 @@ CPP_LAYER_BACKWARD += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0043
+# %% ../nbs/02_mixers.ipynb #c0044
 CPP_LAYER_BACKWARD += r'''
   void backward() const {
     const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts, D = s.feat * s.C;
@@ -477,7 +477,7 @@ CPP_LAYER_BACKWARD += r'''
 };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0045
+# %% ../nbs/02_mixers.ipynb #c0046
 CPP_LAYER_ENTRY = r'''
 // a: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, then the tensors in the order below
 template <class T, class M, int CW> int layer(const I* a, bool back) {
@@ -494,7 +494,7 @@ extern "C" int bk_layer(const I* a) { return a[11] == 0 ? layer_width<float, flo
 extern "C" int bk_layer_backward(const I* a) { return a[11] == 0 ? layer_width<float, float>(a, true) : a[11] == 1 ? layer_width<double, double>(a, true) : layer_width<float, bf16>(a, true); }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0047
+# %% ../nbs/02_mixers.ipynb #c0048
 LAYER = CppLibrary('bk_layer', CPP_LANES + CPP_MATH + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
 OptT = Optional[Tensor]
 _ROWS = 32   # tokens per block in the kernel
@@ -515,7 +515,7 @@ def _layer(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, feat
     _layer_call('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None, None)
     return out, r, kept, end
 
-# %% ../nbs/02_mixers.ipynb #c0048
+# %% ../nbs/02_mixers.ipynb #c0049
 @torch.library.custom_op('resnet_bk::layer', mutates_args=(), device_types='cpu')
 def layer_op(h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor, v_max:float, eps:float, features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the two projections of `BKMixer`: (B, N, features·C), and what the backward pass keeps."
@@ -539,7 +539,7 @@ def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Te
 def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
     C = scale.shape[0]; return h.new_empty(h.shape), scale.new_empty(taps.numel()//C + 4 + features, C)
 
-# %% ../nbs/02_mixers.ipynb #c0049
+# %% ../nbs/02_mixers.ipynb #c0050
 def _layer_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:8], *output); ctx.rest = inputs[8:]
 
 def _layer_autograd(ctx, g, _r, _kept):
@@ -549,7 +549,7 @@ def _layer_autograd(ctx, g, _r, _kept):
 
 torch.library.register_autograd('resnet_bk::layer', _layer_autograd, setup_context=_layer_setup)
 
-# %% ../nbs/02_mixers.ipynb #c0051
+# %% ../nbs/02_mixers.ipynb #c0052
 @torch.compiler.assume_constant_result
 def _layer_threads(): return torch.get_num_threads() if LAYER.load() else 0
 
@@ -576,7 +576,7 @@ def _fused(self:BKMixer, h, state, cut, return_state):
     end = (end if h.shape[1] or g0 is None else g0).to(f)
     return y, (None if self.conv is None else self.conv.tail(h[...,:P], past, cut), tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
 
-# %% ../nbs/02_mixers.ipynb #c0058
+# %% ../nbs/02_mixers.ipynb #c0059
 def resolvent_attention(
     q:Tensor,         # (B, N, H, dk) queries
     k:Tensor,         # (B, N, H, dk) keys
@@ -612,7 +612,7 @@ def resolvent_attention(
     y = y.flatten(2, 3)[:,:,:N].transpose(1, 2)
     return (y, state) if return_state else y
 
-# %% ../nbs/02_mixers.ipynb #c0059
+# %% ../nbs/02_mixers.ipynb #c0060
 def _carry(y, q, k, v, a, A, cuts, state):
     "Between chunks: each adds to the matrix state what it saw, and reads what those before it left."
     end, into = A[...,-1:] - (A - a), A                          # decay from token j to the chunk's end; from the chunk's start to token i
@@ -628,7 +628,7 @@ def _passed(new, decay, state): # the states before each chunk, and the last
     for new_c, decay_c in zip(new.unbind(2), decay.unbind(2)): before.append(S); S = torch.addcmul(new_c, decay_c, S)
     return torch.stack(before, 2), S
 
-# %% ../nbs/02_mixers.ipynb #c0064
+# %% ../nbs/02_mixers.ipynb #c0065
 class BKAttention(nn.Module):
     "Linear attention with a d×d state per head, decaying by the causal Green's function of one chain per head: `y = (Q Kᵀ ∘ |G|) V`. O(N); exact streaming."
     def __init__(self,
@@ -652,7 +652,7 @@ class BKAttention(nn.Module):
         self.norm = nn.RMSNorm(d_model//n_heads, eps=1e-5)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-# %% ../nbs/02_mixers.ipynb #c0065
+# %% ../nbs/02_mixers.ipynb #c0066
 @patch
 def forward(self:BKAttention,
     x:Tensor,               # (B, N, D)
@@ -688,14 +688,14 @@ def _plain(self:BKAttention, h, g, hop, cut, tail, S, return_state):
 BKAttention._can_fuse = lambda *_: False                # until the kernel is there
 BKAttention.extra_repr = lambda self: f'{self.n_heads} heads of {self.d_model//self.n_heads}'
 
-# %% ../nbs/02_mixers.ipynb #c0066
+# %% ../nbs/02_mixers.ipynb #c0067
 def _with_phase(q, k, v, g):
     "`(Q Kᵀ ∘ Re G) V`, quadratic: only to compare."
     s = torch.cat([torch.zeros_like(g[:,:1]), (-g).log().cumsum(1)], 1).transpose(1, 2)             # G_ij = -Π (-g)
     G = -(s[...,1:,None] - s[...,None,:-1]).masked_fill(~torch.ones(g.shape[1], g.shape[1], dtype=torch.bool).tril(), -math.inf).exp().real
     return torch.einsum('bihd,bjhd,bhij,bjhe->bihe', q, k, G.nan_to_num(), v)
 
-# %% ../nbs/02_mixers.ipynb #c0070
+# %% ../nbs/02_mixers.ipynb #c0071
 CPP_ATTENTION = r'''
 enum Range { ALL, LOWER, UPTO, FROM };                // all; columns <= row; sum over k <= row; sum over k >= row
 template <class T, int R, int NV> static inline void tile_mm(I n0, I k0, I k1, const T* A, I ra, I ca, const T* Bm, I ldb, T* Cm, I ldc, bool add) {
@@ -719,7 +719,7 @@ template <class T> static void mm(Range what, I m, I n, I k, const T* A, I ra, I
 template <class T> static void flip(I m, I n, const T* a, T* out) { for (I j = 0; j < n; j++) for (I i = 0; i < m; i++) out[j * m + i] = a[i * n + j]; }   // (m, n) -> (n, m)
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0072
+# %% ../nbs/02_mixers.ipynb #c0073
 CPP_ATTENTION += r'''
 template <class T, class M, int CW> struct Attention {
   typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64 };
@@ -739,7 +739,7 @@ template <class T, class M, int CW> struct Attention {
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0074
+# %% ../nbs/02_mixers.ipynb #c0075
 CPP_ATTENTION += r'''
   void load(Room& o, I b, I hd, I t0, I n, I ahead) const {
     const uint8_t* q = cut ? cut + b * N : nullptr; int age = CW;
@@ -773,7 +773,7 @@ CPP_ATTENTION += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0076
+# %% ../nbs/02_mixers.ipynb #c0077
 CPP_ATTENTION += r'''
   void chunk(Room& o, I n) const {
     flip<T>(Q, d, o.x[1], o.kt); mm<T>(LOWER, Q, Q, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
@@ -824,7 +824,7 @@ CPP_ATTENTION += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0078
+# %% ../nbs/02_mixers.ipynb #c0079
 CPP_ATTENTION_BACKWARD = r'''
   void gate_back(Room& o, I b, I hd, I t0, I n, double* sum) const {   // from dout to dY, the gate's gradient and the norm's weight
     for (I i = 0; i < n; i++) {
@@ -879,7 +879,7 @@ CPP_ATTENTION_BACKWARD = r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0080
+# %% ../nbs/02_mixers.ipynb #c0081
 CPP_ATTENTION_BACKWARD += r'''
   void load_back(Room& o, I b, I hd, I t0, I n, double* sum) const {
     for (int p = 0; p < 3; p++) {
@@ -932,7 +932,7 @@ CPP_ATTENTION_BACKWARD += r'''
 };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0081
+# %% ../nbs/02_mixers.ipynb #c0082
 CPP_ATTENTION_ENTRY = r'''
 // a: B N H d F threads width type, pointer to eps, then the tensors in the order below
 template <class T, class M, int CW> int attention(const I* a, bool back) {
@@ -947,7 +947,7 @@ extern "C" int bk_attention(const I* a) { return a[7] == 0 ? attention_width<flo
 extern "C" int bk_attention_backward(const I* a) { return a[7] == 0 ? attention_width<float, float>(a, true) : a[7] == 1 ? attention_width<double, double>(a, true) : attention_width<float, bf16>(a, true); }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0082
+# %% ../nbs/02_mixers.ipynb #c0083
 ATTENTION = CppLibrary('bk_attention', CPP_LANES + CPP_MATH + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
 
 def _attention_call(name, h, taps, log_g, weight, eps, *tensors):
@@ -963,7 +963,7 @@ def _attend(h, past, cut, taps, log_g, weight, S, eps, keep=True):
     _attention_call('bk_attention', h, taps, log_g, weight, eps, past, cut, taps, log_g, weight, out, r, kept, S, end, None, None, None, None)
     return out, r, kept, end
 
-# %% ../nbs/02_mixers.ipynb #c0083
+# %% ../nbs/02_mixers.ipynb #c0084
 @torch.library.custom_op('resnet_bk::attention', mutates_args=(), device_types='cpu')
 def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the projections of `BKAttention`: (B, N, D), and what the backward pass keeps."
@@ -991,7 +991,7 @@ def _attention_autograd(ctx, g, _r, _kept):
     return dh, None, s[:n].view_as(taps), dg, s[n:].clone(), None
 torch.library.register_autograd('resnet_bk::attention', _attention_autograd, setup_context=_attention_setup)
 
-# %% ../nbs/02_mixers.ipynb #c0084
+# %% ../nbs/02_mixers.ipynb #c0085
 @torch.compiler.assume_constant_result
 def _attention_threads(): return torch.get_num_threads() if ATTENTION.load() else 0
 

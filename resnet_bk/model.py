@@ -6,7 +6,7 @@
 __all__ = ['MIXERS', 'CPP_DECODE', 'DECODE', 'PACK', 'PARTS', 'PLACES', 'SideBySide', 'ModelConfig', 'MLP', 'ResNetBKBlock',
            'ResNetBK', 'init_unigram', 'step', 'sample', 'generate', 'CannotDecode', 'Decoder', 'check_next_token']
 
-# %% ../nbs/04_model.ipynb #c0003
+# %% ../nbs/04_model.ipynb #c0004
 import ctypes, math, time, numpy as np, torch
 from dataclasses import dataclass, field, asdict
 from torch import nn, Tensor
@@ -18,7 +18,7 @@ from .bk_core import CppLibrary, CPP_LANES
 from .mixers import BKMixer, BKAttention, ShortConv, Spectrum, CPP_MATH
 from .moe import AnalyticMoELayer, SparseMoE
 
-# %% ../nbs/04_model.ipynb #c0006
+# %% ../nbs/04_model.ipynb #c0007
 def _diag(cfg, **kw): return BKMixer(cfg.d_model, kind='diag', causal=cfg.causal, **kw)
 def _resolvent(cfg, **kw): return BKMixer(cfg.d_model, causal=cfg.causal, **{'expand': cfg.expand, **kw})
 def _attention(cfg, **kw):
@@ -36,7 +36,7 @@ class SideBySide(nn.Module):
 
 MIXERS = dict(resolvent=_resolvent, attention=_attention, both=_both, diag=_diag)   # name -> factory(config); add your own
 
-# %% ../nbs/04_model.ipynb #c0007
+# %% ../nbs/04_model.ipynb #c0008
 @dataclass
 class ModelConfig:
     "Everything that fixes the shape of a `ResNetBK`. `ValueError` for what cannot be built."
@@ -67,7 +67,7 @@ class ModelConfig:
 
     def mixer_of(self, i): return self.mixer[min(i, len(self.mixer)-1)]
 
-# %% ../nbs/04_model.ipynb #c0010
+# %% ../nbs/04_model.ipynb #c0011
 class MLP(nn.Sequential):
     "The plain feed-forward: D → mult·D → D with GELU."
     def __init__(self, d_model:int, mult:int=4):
@@ -93,7 +93,7 @@ class ResNetBKBlock(nn.Module):
         if self.ffn is not None: x = x + self.drop(self.ffn(self.norm2(x)))
         return (x, state) if return_state else x
 
-# %% ../nbs/04_model.ipynb #c0013
+# %% ../nbs/04_model.ipynb #c0014
 class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=['resnet-bk'], repo_url='https://github.com/resnet-bk/resnet_bk', license='apache-2.0'):
     """Language model `(B, N)` tokens → `(B, N, vocab)` logits. No position embedding, no longest sequence.
 
@@ -136,7 +136,7 @@ class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=[
 
     def n_params(self): return sum(p.numel() for p in self.parameters())
 
-# %% ../nbs/04_model.ipynb #c0017
+# %% ../nbs/04_model.ipynb #c0020
 def init_unigram(model:nn.Module, # with an output `bias` of (vocab,)
                  tokens,          # 1-D token ids of the training text
                 )->nn.Module:     # itself
@@ -147,7 +147,7 @@ def init_unigram(model:nn.Module, # with an output `bias` of (vocab,)
     return model
 ResNetBK.init_unigram = init_unigram
 
-# %% ../nbs/04_model.ipynb #c0025
+# %% ../nbs/04_model.ipynb #c0028
 def step(self:ResNetBK,
     token:Tensor,     # (B,) the newest tokens
     state:list=None,  # None at the start
@@ -158,7 +158,7 @@ def step(self:ResNetBK,
     return logits[:,0], state
 ResNetBK.step = step
 
-# %% ../nbs/04_model.ipynb #c0027
+# %% ../nbs/04_model.ipynb #c0030
 def _check_sampling(temperature, top_k, top_p):
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f'want temperature ≥ 0, top_k ≥ 1, 0 < top_p ≤ 1; got {temperature}, {top_k}, {top_p}')
@@ -179,7 +179,7 @@ def sample(logits:Tensor,       # (B, vocab)
         p = torch.zeros_like(p).scatter(-1, i, s.masked_fill(s.cumsum(-1) - s >= top_p, 0))
     return torch.multinomial(p, 1, generator=generator)[:,0]
 
-# %% ../nbs/04_model.ipynb #c0029
+# %% ../nbs/04_model.ipynb #c0032
 def generate(self:ResNetBK,
     prompt:Tensor,            # (B, N) tokens, N ≥ 1
     n:int=100,                # how many to add
@@ -210,7 +210,7 @@ def _continue(self, logits, state, n, temperature, top_k, top_p, seed): # layer 
 ResNetBK._continue = _continue
 ResNetBK.generate = generate
 
-# %% ../nbs/04_model.ipynb #c0032
+# %% ../nbs/04_model.ipynb #c0035
 CPP_DECODE = r'''
 #include <functional>
 enum { STEP = 16, PANEL = 64, ADD = 1, GELU = 2 };    // widths are multiples of STEP floats; weight rows are packed PANEL side by side
@@ -230,7 +230,7 @@ struct Gate   { I op, y, ldy, h, ldh, out, C, n, feat, weight, eps; };      // t
 struct Attend { I op, h, ldh, out, ldo, qkv, H, d, dp, conv, tail, g, S, taps, bias, E, eta, weight, eps; };
 '''
 
-# %% ../nbs/04_model.ipynb #c0034
+# %% ../nbs/04_model.ipynb #c0037
 CPP_DECODE += r'''
 struct Decode {
   enum { W = Lanes<float>::W, HALF = Simd<double>::W, PARTS = W / HALF };
@@ -257,7 +257,7 @@ struct Decode {
   }
 '''
 
-# %% ../nbs/04_model.ipynb #c0036
+# %% ../nbs/04_model.ipynb #c0039
 CPP_DECODE += r'''
   static float rms(const float* p, I width, I n, float eps) { V q = {}; for (I c = 0; c < width; c += W) { V v = from<float>(p + c); q += v * v; } return 1 / std::sqrt(hsum(q) / n + eps); }
   void embed(const Embed& o, int t) const {
@@ -285,7 +285,7 @@ CPP_DECODE += r'''
   }
 '''
 
-# %% ../nbs/04_model.ipynb #c0038
+# %% ../nbs/04_model.ipynb #c0041
 CPP_DECODE += r'''
   static V conv(const float* p, float* tail, I ld, const float* f, I width) {    // the newest row through the taps; the tail moves up by one
     V now = from<float>(p); if (!width) return now;
@@ -313,7 +313,7 @@ CPP_DECODE += r'''
   }
 '''
 
-# %% ../nbs/04_model.ipynb #c0040
+# %% ../nbs/04_model.ipynb #c0043
 CPP_DECODE += r'''
   void attend(const Attend& o, int t) const {
     const I D = o.H * o.dp, rows = std::max<I>(o.conv - 1, 0);
@@ -344,7 +344,7 @@ CPP_DECODE += r'''
 };
 '''
 
-# %% ../nbs/04_model.ipynb #c0041
+# %% ../nbs/04_model.ipynb #c0044
 CPP_DECODE += r'''
 #ifdef _OPENMP
 extern "C" int omp_get_num_threads();
@@ -363,7 +363,7 @@ extern "C" int bk_decode(const I* a) {                // B threads own0 ldown n_
 }
 '''
 
-# %% ../nbs/04_model.ipynb #c0043
+# %% ../nbs/04_model.ipynb #c0046
 CPP_DECODE += r'''
 static double uniform(uint64_t& r) { uint64_t z = (r += 0x9E3779B97F4A7C15u); z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u; z = (z ^ (z >> 27)) * 0x94D049BB133111EBu; return ((z ^ (z >> 31)) >> 11) * 0x1p-53; }
 static I draw(const float* l, I n, double temperature, I k, double top_p, uint64_t& r) {
@@ -392,7 +392,7 @@ extern "C" int bk_draw(const I* a) {                  // B vocab ld top_k, point
 '''
 DECODE = CppLibrary('bk_decode', CPP_LANES + CPP_MATH + CPP_DECODE)
 
-# %% ../nbs/04_model.ipynb #c0045
+# %% ../nbs/04_model.ipynb #c0048
 class CannotDecode(ValueError): "A model that `Decoder` does not know; `model.step` does."
 
 def _up(n): return -(-n//16)*16
@@ -415,7 +415,7 @@ def _each(slots, *rest): # (slot, value, ...) of a nest of slots and values of t
         for t in zip(slots, *rest, strict=True): yield from _each(*t)
 def _nest(slots, f): return f(slots) if isinstance(slots, _Slot) else None if slots is None else type(slots)(_nest(s, f) for s in slots)
 
-# %% ../nbs/04_model.ipynb #c0046
+# %% ../nbs/04_model.ipynb #c0049
 class _Program:
     "Weights, work space, state and operations of one model, as `CPP_DECODE` wants them."
     def __init__(self): self.weights, self.n_weights, self.work, self.state, self.own, self.ops, self.peak = [], 0, 0, 0, 0, [], 0
@@ -441,7 +441,7 @@ def _sized(**weights): # name = (weight, shape)
     for name,(w,shape) in weights.items():
         if w is None or tuple(w.shape) != shape: raise CannotDecode(f'{name} has shape {None if w is None else tuple(w.shape)}, not {shape}')
 
-# %% ../nbs/04_model.ipynb #c0048
+# %% ../nbs/04_model.ipynb #c0051
 PACK = {}   # module type -> function(program, module, x: place of the residual stream, xn: of the normalised input, D)
 
 def _pack_mixer(p, m, x, xn, D):
@@ -462,7 +462,7 @@ def _pack_mixer(p, m, x, xn, D):
     return (None if m.conv is None else tail), (g, z)
 PACK[BKMixer] = _pack_mixer
 
-# %% ../nbs/04_model.ipynb #c0049
+# %% ../nbs/04_model.ipynb #c0052
 def _pack_attention(p, m, x, xn, D):
     if m.phase: raise CannotDecode('BKAttention with phase=True has no state')
     H, d, width = m.n_heads, D//m.n_heads, 0 if m.conv is None else m.conv.width
@@ -478,7 +478,7 @@ def _pack_attention(p, m, x, xn, D):
     return (None if m.conv is None else tail), g, S
 PACK[BKAttention] = _pack_attention
 
-# %% ../nbs/04_model.ipynb #c0050
+# %% ../nbs/04_model.ipynb #c0053
 def _pack_both(p, m, x, xn, D): return tuple(_pack(p, mixer, x, xn, D) for mixer in m.mixers)
 PACK[SideBySide] = _pack_both
 
@@ -491,7 +491,7 @@ PACK[MLP] = _pack_mlp
 
 def _pack(p, m, *args): _want(m, *PACK); return PACK[type(m)](p, m, *args)
 
-# %% ../nbs/04_model.ipynb #c0052
+# %% ../nbs/04_model.ipynb #c0055
 PARTS = (ResNetBKBlock, nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.GELU, nn.ModuleList, ShortConv, Spectrum)   # what may be found inside
 
 def _check_known(model):
@@ -507,7 +507,7 @@ def _check_known(model):
     if torch.is_autocast_enabled('cpu'): raise CannotDecode('Decoder computes in float32, not under autocast')
     if DECODE.load() is None: raise CannotDecode('Decoder needs a C++ compiler')
 
-# %% ../nbs/04_model.ipynb #c0053
+# %% ../nbs/04_model.ipynb #c0056
 def _write(model):
     "The program of a whole model, and the slots of its state."
     _check_known(model); p, D, slots = _Program(), model.config.d_model, []; V, Dp = model.config.vocab_size, _up(D); p.vocab = V; x = p.room(Dp)
@@ -522,7 +522,7 @@ def _write(model):
     logits = p.matvec(_wide((model.embed if model.head is None else model.head).weight, 0), p.norm(model.norm, x, Dp, 0), 1, Dp, bias=model.bias)
     return p, slots, logits
 
-# %% ../nbs/04_model.ipynb #c0055
+# %% ../nbs/04_model.ipynb #c0058
 PLACES = {0: (2,), 1: (1, 2), 2: (1, 5), 3: (1, 3, 12, 13, 14), 4: (1, 3, 5), 5: (1, 3, 5, 10, 11, 12)}     # operands that lie in work space or state, by operation
 
 class Decoder:
@@ -555,7 +555,7 @@ class Decoder:
     def get_state(self): # a copy, for `model.step` or another Decoder
         return _nest(self._slots, lambda s: s.get(self.state, self.batch))
 
-# %% ../nbs/04_model.ipynb #c0057
+# %% ../nbs/04_model.ipynb #c0060
 @patch
 def step(self:Decoder,
     token:Tensor,   # (B,) the newest tokens
@@ -577,7 +577,7 @@ def _trial(self:Decoder, t): # three steps with one thread, three with all; a ho
     if len(ts) == 3: self._use(self._most)
     elif len(ts) == 6 or (len(ts) > 3 and t > 10*min(ts[:3])): self._use(self.threads if min(ts[3:]) < .8*min(ts[:3]) else 1); self._trials = None
 
-# %% ../nbs/04_model.ipynb #c0058
+# %% ../nbs/04_model.ipynb #c0061
 def _sampler(logits, token, temperature, top_k, top_p, seed):
     "A function that draws from the float32 `logits` (B, vocab) as they are in memory, into `token` (B,)."
     _check_sampling(temperature, top_k, top_p)
@@ -607,7 +607,7 @@ def _continue_in_one_call(self, logits, state, n, *how): # for ResNetBK.generate
     return d.generate(n, *how, logits=logits)
 ResNetBK._continue = _continue_in_one_call
 
-# %% ../nbs/04_model.ipynb #c0077
+# %% ../nbs/04_model.ipynb #c0080
 def check_next_token(self:ResNetBK):
     "`ValueError` if this model sees the token it would be trained to predict; the training loop asks."
     if not self.config.causal and not self.config.allow_leak:

@@ -8,7 +8,7 @@ __all__ = ['ACTS', 'CASES', 'route', 'gumbel_noise', 'dense_moe', 'dispatch', 'g
            'router_z_loss', 'move_bias', 'moe_layers', 'routing_entropy', 'expert_usage', 'unused_experts',
            'plot_usage', 'MoEResNetBKLayer']
 
-# %% ../nbs/03_moe.ipynb #c0003
+# %% ../nbs/03_moe.ipynb #c0004
 import math, torch
 from itertools import product
 from torch import nn, Tensor
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from .mixers import BKMixer
 
-# %% ../nbs/03_moe.ipynb #c0006
+# %% ../nbs/03_moe.ipynb #c0007
 def route(
     logits:Tensor,          # (T, E) router logits
     k:int=1,                # experts per token
@@ -37,7 +37,7 @@ def gumbel_noise(x:Tensor)->Tensor: # of x's shape
     "Independent standard Gumbel variables."
     return -torch.empty_like(x).exponential_().log()
 
-# %% ../nbs/03_moe.ipynb #c0011
+# %% ../nbs/03_moe.ipynb #c0012
 ACTS = dict(gelu=(F.gelu, lambda g, h: torch.ops.aten.gelu_backward.grad_input(g, h, grad_input=g)),           # name -> (function, (gradient, input) -> gradient, in the place of the first)
             relu=(F.relu, lambda g, h: torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)))
 
@@ -59,7 +59,7 @@ def dense_moe(
     f = torch.einsum('teh,ehd->ted', ACTS[act][0](h), w2) + (0 if b2 is None else b2)
     return (gate[...,None]*f).sum(1), logits
 
-# %% ../nbs/03_moe.ipynb #c0014
+# %% ../nbs/03_moe.ipynb #c0015
 def dispatch(
     chosen:Tensor,  # (T, k) expert numbers
     E:int,          # experts
@@ -68,7 +68,7 @@ def dispatch(
     flat = chosen.flatten(); order = flat.argsort(stable=True)
     return order, order//chosen.shape[1], torch.bincount(flat, minlength=E)
 
-# %% ../nbs/03_moe.ipynb #c0017
+# %% ../nbs/03_moe.ipynb #c0018
 def _one_kernel(x, w): # is F.grouped_mm there, and does it take these?
     return hasattr(F, 'grouped_mm') and x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0) and all(n % 8 == 0 for n in (*x.shape[1:], *w.shape[1:]))
 
@@ -88,7 +88,7 @@ def grouped_rows(
     parts = zip(x.split(counts.tolist()), w.unbind(0), [None]*len(w) if bias is None else bias.unbind(0))
     return torch.cat([a @ m if b is None else torch.addmm(b, a, m) for a,m,b in parts])
 
-# %% ../nbs/03_moe.ipynb #c0019
+# %% ../nbs/03_moe.ipynb #c0020
 def sparse_moe(
     x:Tensor,               # (T, D)
     router:Tensor,          # (E, D)
@@ -107,7 +107,7 @@ def sparse_moe(
 
 def _f32(t): return t if t.dtype == torch.float64 else t.float()      # the router never works in half precision
 
-# %% ../nbs/03_moe.ipynb #c0024
+# %% ../nbs/03_moe.ipynb #c0025
 def router_grad(
     gg:Tensor,              # (T, k) gradient by the gates
     chosen:Tensor,          # (T, k)
@@ -119,7 +119,7 @@ def router_grad(
     g = torch.zeros_like(q).scatter_(-1, chosen, gg)
     return q*(g - ((q*g).sum(-1, keepdim=True) if jacobian == 'full' else q*g))/tau
 
-# %% ../nbs/03_moe.ipynb #c0026
+# %% ../nbs/03_moe.ipynb #c0027
 def _slices(counts):
     s = 0
     for e,n in enumerate(counts.tolist()): yield e, slice(s, s+n); s += n
@@ -139,7 +139,7 @@ def _outer(a, b, counts): # (M, K), (M, H) -> (E, K, H): sums of outer products,
 def _sums(a, counts): # (M, K) -> (E, K)
     return torch.stack([a[i].sum(0) for _,i in _slices(counts)])
 
-# %% ../nbs/03_moe.ipynb #c0028
+# %% ../nbs/03_moe.ipynb #c0029
 def _forward(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian):
     logits = F.linear(_f32(x), _f32(router)); chosen, g, p = route(logits, k, kind, noise, bias, tau)
     order, token, counts = dispatch(chosen, len(router))
@@ -164,7 +164,7 @@ def _backward(saved, gy, gs, tau, act, jacobian):
     return (gx, (ds.t() @ _f32(x)).to(router.dtype), _outer(x.index_select(0, token), u, counts), None if b1 is None else _sums(u, counts),
             _outer(a, gt, counts), None if b2 is None else _sums(gt, counts))
 
-# %% ../nbs/03_moe.ipynb #c0029
+# %% ../nbs/03_moe.ipynb #c0030
 class AnalyticMoEFunction(torch.autograd.Function):
     "The sparse form with the backward pass above: `apply(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian)` → y, logits, counts."
     @staticmethod
@@ -183,7 +183,7 @@ class AnalyticMoEFunction(torch.autograd.Function):
             if gy is None: gy = torch.zeros_like(x)                   # only a loss on the logits
             return *_backward(saved, gy, gs, *ctx.rest), *(None,)*7
 
-# %% ../nbs/03_moe.ipynb #c0032
+# %% ../nbs/03_moe.ipynb #c0033
 CASES = dict(plain={}, one_token=dict(T=1), one_expert=dict(E=1), odd=dict(T=13, D=5, H=7, E=3), empty_experts=dict(closed=2), no_tokens=dict(T=0), wide=dict(T=40, E=9), no_bias=dict(bias=False))
 
 def _case(T=12, D=6, H=8, E=4, closed=0, bias=True, seed=0):
@@ -204,7 +204,7 @@ def _fd_error(f, ts, grads, seed, eps=1e-6):
             worst = max(worst, abs((up-down)/(2*eps) - (g*d).sum().item())/max(1., g.norm().item()))
     return worst
 
-# %% ../nbs/03_moe.ipynb #c0033
+# %% ../nbs/03_moe.ipynb #c0034
 def validate_analytic_gradients(
     tol:float=1e-10,      # against autograd through the dense form
     tol_fd:float=1e-7,    # against finite differences along one random direction of each tensor
@@ -235,7 +235,7 @@ def _soft_router(x, R, w1, b1, w2, b2, ct, act, opt):
     gg = (f*ct[:,None]).sum(-1).gather(1, chosen)
     return lambda: ((F.linear(x, R) + opt['noise']).softmax(-1).gather(1, chosen)*gg).sum()
 
-# %% ../nbs/03_moe.ipynb #c0039
+# %% ../nbs/03_moe.ipynb #c0040
 class SparseMoE(nn.Module):
     "Mixture of `num_experts` feed-forwards, D → mult·D → D, of which each token computes `top_k`. Dropless, causal. `ValueError` for sizes that make no sense."
     def __init__(self,
@@ -276,7 +276,7 @@ class SparseMoE(nn.Module):
     def __getstate__(self): return dict(self.__dict__, logits=None)   # a graph can be neither copied nor pickled
     def extra_repr(self): return f'{self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, router={self.kind!r}'
 
-# %% ../nbs/03_moe.ipynb #c0040
+# %% ../nbs/03_moe.ipynb #c0041
 class AnalyticMoELayer(SparseMoE):
     "`SparseMoE` with the backward pass written by hand. `jacobian='diagonal'` is the seeds' approximation of the router's gradient."
     def __init__(self, d_model:int, num_experts:int=4, top_k:int=1, jacobian:str='full', **kw):
@@ -298,7 +298,7 @@ class AnalyticMoELayer(SparseMoE):
             if p is not None: p.grad = g if p.grad is None else p.grad + g
         return gx.view(grad_output.shape)
 
-# %% ../nbs/03_moe.ipynb #c0057
+# %% ../nbs/03_moe.ipynb #c0058
 def load_balance_loss(
     logits:Tensor,   # (T, E)
     counts:Tensor,   # (E,) tokens each expert got
@@ -320,7 +320,7 @@ def move_bias(
     "Balancing without a loss: one step of the bias towards equal counts."
     moe.balance += rate*(counts.float().mean() - counts).sign()
 
-# %% ../nbs/03_moe.ipynb #c0059
+# %% ../nbs/03_moe.ipynb #c0060
 def moe_layers(model:nn.Module)->dict: # name -> layer
     "The mixtures of experts in a model."
     return {n: m for n,m in model.named_modules() if isinstance(m, SparseMoE)}
@@ -345,7 +345,7 @@ def expert_usage(
     model.train(was)
     return {n: t/t.sum().clamp(min=1) for n,t in total.items()}
 
-# %% ../nbs/03_moe.ipynb #c0060
+# %% ../nbs/03_moe.ipynb #c0061
 def unused_experts(
     usage:dict,         # of `expert_usage`
     below:float=.01,    # of a fair share 1/E
@@ -366,7 +366,7 @@ def plot_usage(
     for (i,j),v in ((at, a[at].item()) for at in product(*map(range, a.shape))): ax.text(j, i, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='k' if v > .6*a.max() else 'w')
     return ax
 
-# %% ../nbs/03_moe.ipynb #c0069
+# %% ../nbs/03_moe.ipynb #c0070
 class MoEResNetBKLayer(nn.Module):
     "The seeds' layer: mixture of experts → potential → diagonal of the resolvent; (B, N, D) → (B, N, D). `causal=False`: two-sided as in the seeds, not for language models."
     def __init__(self, d_model:int, n_seq:int=None, num_experts:int=4, top_k:int=1, causal:bool=True, **kw):
