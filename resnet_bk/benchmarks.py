@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', 'compare_language', 'with_floors', 'RecallData',
-           'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'machine_rates', 'profile', 'step_memory',
-           'decode_times', 'feed_forwards', 'equal_time']
+           'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'default_models', 'default_model',
+           'machine_rates', 'profile', 'step_memory', 'decode_times', 'feed_forwards', 'equal_time']
 
 # %% ../nbs/15_benchmarks.ipynb #c0004
 import json, math, os, platform, subprocess, sys, time, torch
@@ -64,33 +64,38 @@ def language_models(vocab_size:int, context:int, d:int=128, layers:int=4)->dict:
     return {'ResNet-BK': lambda: ResNetBK(ModelConfig(vocab_size, d, layers)), 'GPT': lambda: GPT(vocab_size, d, layers, context=context),
             'LSTM': lambda: LSTM(vocab_size, int(1.8*d))}
 
-def train_once(make, data, steps:int, lr:float, seed:int=0)->dict: # nats, seconds, the model
+def train_once(make, data, steps:int, lr:float, seed:int=0, **kw)->dict: # nats, seconds, the model; `kw` for `Learner`
     "One training run with the common loop, schedule and batches; loss on the whole validation text."
     torch.manual_seed(seed); model = make()
     init_unigram(model, data.train.tokens)
-    learn = Learner(model, data, lr=lr, eval_every=0, checkpoint_every=0, seed=seed)
+    learn = Learner(model, data, lr=lr, eval_every=0, checkpoint_every=0, seed=seed, **kw)
     t = time.perf_counter(); learn.fit(steps=steps); t = time.perf_counter() - t
     return dict(nats=learn.evaluate()['nats'], seconds=t, model=model)
 
 # %% ../nbs/15_benchmarks.ipynb #c0013
-def compare_language(data, steps:int, pilot:int=300, lrs=(1e-3, 3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:
-    "Every model: a short pilot at each learning rate, then the whole run with the best; ours once more with as many steps as fit into each rival's time."
+def compare_language(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:
+    """Every model: a short pilot at each learning rate, then the whole run with the best. Then the LSTM at our learning rate; ours with as many steps as fit into the time of a rival that was faster,
+    and once more in bfloat16."""
     make, rows = make or language_models(data.vocab_size, data.train.context), []
     def row(name, lr, n, **r): rows.append(dict(model=name, lr=lr, steps=n, nats=r['nats'], bpb=data.report(r['nats'])['bpb'], seconds=r['seconds'], params=sum(p.numel() for p in r['model'].parameters())))
     for name,f in make.items():
         trial = {lr: train_once(f, data, pilot, lr, seed)['nats'] for lr in lrs}
         lr = min(trial, key=trial.get); print(f'{name}: pilots of {pilot} steps', {k: round(v, 3) for k,v in trial.items()}, flush=True)
         row(name, lr, steps, **train_once(f, data, steps, lr, seed))
-    by = {r['model']: r for r in rows}
+    by = {r['model']: r for r in rows}; ours = by['ResNet-BK']; f, lr = make['ResNet-BK'], ours['lr']
+    row('LSTM, our rate', lr, steps, **train_once(make['LSTM'], data, steps, lr, seed))
     for rival in ('GPT', 'LSTM'):
-        n = max(1, int(steps*by[rival]['seconds']/by['ResNet-BK']['seconds']))
-        row(f"ResNet-BK, {rival}'s time", by['ResNet-BK']['lr'], n, **train_once(make['ResNet-BK'], data, n, by['ResNet-BK']['lr'], seed))
+        n = max(1, int(steps*by[rival]['seconds']/ours['seconds']))
+        if n < steps: row(f"ResNet-BK, {rival}'s time", lr, n, **train_once(f, data, n, lr, seed))
+    bf16 = dict(mixed_precision='bf16'); a, b = (train_once(f, data, n, lr, seed, **bf16)['seconds'] for n in (pilot//4, pilot//2))
+    n = max(1, int(by['LSTM']['seconds']/(b - a)*(pilot//2 - pilot//4))) if b > a else steps
+    row("ResNet-BK bf16, LSTM's time", lr, n, **train_once(f, data, n, lr, seed, **bf16))
     return rows
 
 def with_floors(rows, data): # floors as the last rows of the table
     return rows + [dict(rows[0], model=f'{n} floor', lr='', steps='', seconds='', params='', nats=v, bpb=data.report(v)['bpb']) for n,v in (('bigram', data.floors.bigram), ('unigram', data.floors.unigram))]
 
-# %% ../nbs/15_benchmarks.ipynb #c0022
+# %% ../nbs/15_benchmarks.ipynb #c0023
 class RecallData:
     "Endless recall batches with the interface of `LMData` that `Learner` needs."
     class Stream:
@@ -119,7 +124,7 @@ def recall(make, n_pairs:int, steps:int=1000, lr:float=3e-3, seed:int=0)->float:
 def recall_models(d:int=64, layers:int=2)->dict:
     return {'ResNet-BK': lambda: ResNetBK(ModelConfig(64, d, layers)), 'GPT': lambda: GPT(64, d, layers, context=128), 'LSTM': lambda: LSTM(64, d)}
 
-# %% ../nbs/15_benchmarks.ipynb #c0026
+# %% ../nbs/15_benchmarks.ipynb #c0027
 def train_step(model, B:int, N:int, bf16:bool=False):
     "A function that takes one whole training step of `model` on random tokens (B, N)."
     vocab = model.embed.num_embeddings; x = torch.randint(vocab, (B, N+1)); opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -136,20 +141,31 @@ class MambaLM(nn.Module):
         self.embed, self.mamba, self.norm, self.bias = nn.Embedding(vocab_size, d_model), Mamba(MambaConfig(d_model=d_model, n_layers=n_layers)), nn.RMSNorm(d_model), nn.Parameter(torch.zeros(vocab_size))
     def forward(self, x): return F.linear(self.norm(self.mamba(self.embed(x))), self.embed.weight, self.bias)
 
-# %% ../nbs/15_benchmarks.ipynb #c0029
+# %% ../nbs/15_benchmarks.ipynb #c0030
 def layer_step(layer, B, N, d=128):
     "A function that runs `layer` forward and backward on (B, N, d)."
     x, ct = torch.randn(B, N, d, requires_grad=True), torch.randn(B, N, d); ps = [p for p in layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), [x, *ps], ct)
 
-# %% ../nbs/15_benchmarks.ipynb #c0032
+# %% ../nbs/15_benchmarks.ipynb #c0033
+def default_models()->dict: # name -> arguments of `ModelConfig`
+    "The default model and what it was chosen from."
+    return {'both, resolvent ×2 (default)': {}, 'attention, resolvent ×2': dict(mixer=('attention', 'resolvent')), 'resolvent ×2': dict(mixer='resolvent'), 'attention': dict(mixer='attention'),
+            'attention, resolvent ×1, feed-forward': dict(mixer=('attention', 'resolvent'), expand=1, ffn_mult=4), 'resolvent ×1, feed-forward': dict(mixer='resolvent', expand=1, ffn_mult=4),
+            'both, resolvent ×1, twice the layers': dict(expand=1, layers=2), 'default, tied': dict(tie=True)}
+
+def default_model(name:str, vocab_size:int, d:int=128, layers:int=4)->ResNetBK:
+    "One of `default_models`."
+    kw = dict(default_models()[name]); return ResNetBK(ModelConfig(vocab_size, d, int(layers*kw.pop('layers', 1)), **kw))
+
+# %% ../nbs/15_benchmarks.ipynb #c0037
 def machine_rates()->dict: # GB/s and GFLOP/s
     "Copy bandwidth (bytes read plus written) and matrix-product rates of this machine, all threads."
     a, b = torch.randn(2**25), torch.empty(2**25); x, w = torch.randn(8192, 512), torch.randn(512, 512); xb, wb = x.bfloat16(), w.bfloat16()
     t = time_together({'copy': lambda: b.copy_(a), 'f32': lambda: F.linear(x, w), 'bf16': lambda: F.linear(xb, wb)}, 9); flops = 2*8192*512*512
     return {'copy GB/s': 2*a.numel()*4/t['copy']/1e6, 'float32 GFLOP/s': flops/t['f32']/1e6, 'bfloat16 GFLOP/s': flops/t['bf16']/1e6}
 
-# %% ../nbs/15_benchmarks.ipynb #c0038
+# %% ../nbs/15_benchmarks.ipynb #c0043
 def profile(f, n:int=5, top:int=12)->str:
     "Where a function's time goes: `torch.profiler`, self CPU time, the largest entries in per cent."
     f()
@@ -158,7 +174,7 @@ def profile(f, n:int=5, top:int=12)->str:
     ev = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total); total = sum(e.self_cpu_time_total for e in ev)
     return table([{'operation': e.key[:48], 'ms': e.self_cpu_time_total/1e3/n, 'share %': 100*e.self_cpu_time_total/total} for e in ev[:top]])
 
-# %% ../nbs/15_benchmarks.ipynb #c0042
+# %% ../nbs/15_benchmarks.ipynb #c0047
 _memory_code = '''
 import sys, torch
 from resnet_bk.model import ModelConfig, ResNetBK
@@ -177,7 +193,7 @@ def step_memory(n:int, recompute:bool=False)->int: # bytes
     if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {r.stderr.strip().splitlines()[-1:] or r.returncode}')
     return int(r.stdout)
 
-# %% ../nbs/15_benchmarks.ipynb #c0045
+# %% ../nbs/15_benchmarks.ipynb #c0050
 def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->dict: # context -> ms per token
     "Milliseconds per decoded token after contexts of several lengths, measured in turns, median."
     state, vocab = {}, model.config.vocab_size; model.eval()
@@ -191,7 +207,7 @@ def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->di
             for _ in range(tokens): l, s = model.step(t, s); t = l.argmax(-1)
         return {n: t/tokens for n,t in time_together({n: (lambda n=n: run(n)) for n in contexts}, rounds).items()}
 
-# %% ../nbs/15_benchmarks.ipynb #c0049
+# %% ../nbs/15_benchmarks.ipynb #c0054
 def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict: # name -> (function that makes the model, callback or None)
     "The default model without feed-forward, with a dense one, and with mixtures of experts."
     make = lambda **kw: lambda: ResNetBK(ModelConfig(vocab_size, d, layers, **kw))
