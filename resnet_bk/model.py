@@ -73,6 +73,10 @@ class MLP(nn.Sequential):
     def __init__(self, d_model:int, mult:int=4):
         super().__init__(nn.Linear(d_model, mult*d_model, bias=False), nn.GELU(), nn.Linear(mult*d_model, d_model, bias=False))
 
+def _ffn(cfg, i): # of layer i, or None
+    if cfg.experts: return AnalyticMoELayer(cfg.d_model, cfg.experts, cfg.top_k, **{'mult': cfg.ffn_mult or 4, **cfg.moe_kw})
+    return MLP(cfg.d_model, cfg.ffn_mult) if cfg.ffn_mult else None
+
 class ResNetBKBlock(nn.Module):
     "Pre-norm residual block: `x + mixer(norm x)`, then `x + ffn(norm x)`. Any module may sit in the slots; `ffn=None` leaves the second out."
     def __init__(self,
@@ -96,17 +100,15 @@ class ResNetBKBlock(nn.Module):
 # %% ../nbs/04_model.ipynb #c0014
 class ResNetBK(nn.Module, PyTorchModelHubMixin, library_name='resnet_bk', tags=['resnet-bk'], repo_url='https://github.com/resnet-bk/resnet_bk', license='apache-2.0'):
     """Language model `(B, N)` tokens → `(B, N, vocab)` logits. No position embedding, no longest sequence.
-
     `make_mixer` and `make_ffn` fill the slots: functions `(config, layer) → module` that replace the configured ones (a loaded model needs the same ones again)."""
     def __init__(self, config:ModelConfig, make_mixer=None, make_ffn=None):
         super().__init__()
         self.config = config = config if isinstance(config, ModelConfig) else ModelConfig(**config)
         mixer = make_mixer or (lambda cfg, i: MIXERS[cfg.mixer_of(i)](cfg, **cfg.mixer_kw.get(cfg.mixer_of(i), {})))
-        ffn = make_ffn or (lambda cfg, i: AnalyticMoELayer(cfg.d_model, cfg.experts, cfg.top_k, **{'mult': cfg.ffn_mult or 4, **cfg.moe_kw}) if cfg.experts else MLP(cfg.d_model, cfg.ffn_mult) if cfg.ffn_mult else None)
+        ffn = make_ffn or _ffn
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(ResNetBKBlock(config.d_model, mixer(config, i), ffn(config, i), config.dropout) for i in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.d_model, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.norm, self.bias = nn.LayerNorm(config.d_model, bias=False), nn.Parameter(torch.zeros(config.vocab_size))
         self.head = None if config.tie else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._init()
 
@@ -307,7 +309,7 @@ CPP_DECODE += r'''
       for (int i = 0; i < W; i += HALF) {
         Cx<double> g = ldc<double>(gs + 2 * i), r = -ldc<double>(zs + 2 * i), l = {-2 - ld<double>(w + o.E + c + i) + ld<double>(v + i) - g.re, -(ld<double>(w + o.eta + c + i) + ld<double>(a + i)) - g.im};
         g = l.recip(); r.re += ld<double>(u + i); r = g * r;
-        stc(gs + 2 * i, g); stc(zs + 2 * i, r); st<double>(y + i, r.re); if (o.feat == 2) st<double>(y + o.C + i, r.im);
+        stc<double>(gs + 2 * i, g); stc<double>(zs + 2 * i, r); st<double>(y + i, r.re); if (o.feat == 2) st<double>(y + o.C + i, r.im);
       }
     }
   }
