@@ -99,6 +99,7 @@ def _hop_of(cut, state): # (B, N) cuts -> hopping (B, N-1, 1), or (B, N, 1) onto
     return (~(cut if state is not None else cut[:,1:]))[...,None].float()
 
 def _float(x): return x if x.dtype == torch.float64 else x.float()
+def _normed(norm, x): return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 # %% ../nbs/02_mixers.ipynb #c0016
 class BKMixer(nn.Module):
@@ -163,9 +164,10 @@ def _plain(self:BKMixer, h, state, cut, return_state):
         y = resolvent_mix(p['v'], p['u']*self.scale, z, p['w'], hop, self.causal, chain, return_state)
         if return_state: y, chain = y
     y = torch.view_as_real(y) if self.features == 2 else y.real[...,None]             # (B, N, C, features)
-    if self.kind == 'resolvent': y = self.norm(y.flatten(-2)).unflatten(-1, y.shape[-2:])*F.silu(_float(gate))[...,None]
+    if self.kind == 'resolvent': y = _normed(self.norm, y.flatten(-2)).unflatten(-1, y.shape[-2:])*F.silu(_float(gate))[...,None]
     return y.flatten(-2).to(h.dtype), (tail, chain)
 
+# %% ../nbs/02_mixers.ipynb #c0019
 @patch
 def _parts(self:BKMixer, x):
     "Values u, absorption w ≥ 0, potential v: what there is."
@@ -178,7 +180,7 @@ def _parts(self:BKMixer, x):
 BKMixer._can_fuse = lambda *_: False                    # until the kernel is there
 BKMixer.extra_repr = lambda self: f'{self.kind}, {self.channels} chains' + ('' if self.causal else ', two-sided')
 
-# %% ../nbs/02_mixers.ipynb #c0025
+# %% ../nbs/02_mixers.ipynb #c0026
 CPP_MATH = r'''
 #include <cmath>
 struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
@@ -208,7 +210,7 @@ template <class T, class M> struct Mem {
 };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0026
+# %% ../nbs/02_mixers.ipynb #c0027
 CPP_MATH += r'''
 static inline Lanes<float>::V vexp(Lanes<float>::V x) { // e^x to 1 ulp or two: 2^n times a polynomial (Cephes)
   typedef Lanes<float>::V V; typedef Vec<int32_t, Lanes<float>::W>::V J;
@@ -234,7 +236,7 @@ static inline int bk_thread() { return 0; }
 #endif
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0028
+# %% ../nbs/02_mixers.ipynb #c0029
 CPP_LAYER = r'''
 enum { ROWS = 32 };                                   // tokens per block
 struct Shape { I B, N, C, F; int nin, feat, act, threads; double vmax, eps; I blocks() const { return (N + ROWS - 1) / ROWS; } I P() const { return nin * C; } };
@@ -252,7 +254,7 @@ template <class T, class M, int CW> struct Layer {
   struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], u, w, v, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0030
+# %% ../nbs/02_mixers.ipynb #c0031
 CPP_LAYER += r'''
   void open(Tile& t, I b, I c) const {
     t.c = c; t.n = (int)std::min<I>(W, s.C - c);
@@ -276,7 +278,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0032
+# %% ../nbs/02_mixers.ipynb #c0033
 CPP_LAYER += r'''
   V row(I b, I t, int p, I c, int n) const {
     if (t >= 0) return ME::ld(h + b * hb + t * hn + p * s.C + c, n);
@@ -294,7 +296,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0034
+# %% ../nbs/02_mixers.ipynb #c0035
 CPP_LAYER += r'''
   // u, w, v, then pivots and mixed values of one block of rows; leaves the state after it in the tile
   void sweep(Tile& t, Block& k, I b, I t0, I t1, I ahead) const {
@@ -319,7 +321,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0036
+# %% ../nbs/02_mixers.ipynb #c0037
 CPP_LAYER += r'''
   // y in place -> norm(y) * weight * silu(gate), for rows [t0, t1) of batch row b, given the sums of squares
   void finish(I b, I t0, I t1, const T* ss) const {
@@ -349,7 +351,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0038
+# %% ../nbs/02_mixers.ipynb #c0039
 CPP_LAYER += r'''
   void forward() const {
     const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts;
@@ -384,7 +386,7 @@ CPP_LAYER += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0040
+# %% ../nbs/02_mixers.ipynb #c0041
 CPP_LAYER_BACKWARD = r'''
   struct Adj { Complex<V> P, L; V D[3][CW]; };          // carried from right to left: P, L and what the convolution still owes the rows before
   void add(double* sum, I at, I c, V x, int n) const { double* q = sum + at * s.C + c; for (int i = 0; i < n; i++) q[i] += x[i]; }
@@ -406,7 +408,7 @@ CPP_LAYER_BACKWARD = r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0042
+# %% ../nbs/02_mixers.ipynb #c0043
 CPP_LAYER_BACKWARD += r'''
   void back(Tile& t, Adj& a, Block& k, I b, I t0, I t1, const T* m, double* sum) const {
     const I n = t1 - t0, D = s.feat * s.C; load(t, ck + ((b * s.blocks() + t0 / ROWS) * s.C + t.c) * 4); sweep(t, k, b, t0, t1, -ROWS);
@@ -446,7 +448,7 @@ CPP_LAYER_BACKWARD += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0044
+# %% ../nbs/02_mixers.ipynb #c0045
 CPP_LAYER_BACKWARD += r'''
   void backward() const {
     const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts, D = s.feat * s.C;
@@ -477,7 +479,7 @@ CPP_LAYER_BACKWARD += r'''
 };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0046
+# %% ../nbs/02_mixers.ipynb #c0047
 CPP_LAYER_ENTRY = r'''
 // a: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, then the tensors in the order below
 template <class T, class M, int CW> int layer(const I* a, bool back) {
@@ -494,7 +496,7 @@ extern "C" int bk_layer(const I* a) { return a[11] == 0 ? layer_width<float, flo
 extern "C" int bk_layer_backward(const I* a) { return a[11] == 0 ? layer_width<float, float>(a, true) : a[11] == 1 ? layer_width<double, double>(a, true) : layer_width<float, bf16>(a, true); }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0048
+# %% ../nbs/02_mixers.ipynb #c0049
 LAYER = CppLibrary('bk_layer', CPP_LANES + CPP_MATH + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
 OptT = Optional[Tensor]
 _ROWS = 32   # tokens per block in the kernel
@@ -515,7 +517,7 @@ def _layer(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, feat
     _layer_call('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None, None)
     return out, r, kept, end
 
-# %% ../nbs/02_mixers.ipynb #c0049
+# %% ../nbs/02_mixers.ipynb #c0050
 @torch.library.custom_op('resnet_bk::layer', mutates_args=(), device_types='cpu')
 def layer_op(h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor, v_max:float, eps:float, features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the two projections of `BKMixer`: (B, N, features·C), and what the backward pass keeps."
@@ -539,7 +541,7 @@ def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Te
 def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
     C = scale.shape[0]; return h.new_empty(h.shape), scale.new_empty(taps.numel()//C + 4 + features, C)
 
-# %% ../nbs/02_mixers.ipynb #c0050
+# %% ../nbs/02_mixers.ipynb #c0051
 def _layer_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:8], *output); ctx.rest = inputs[8:]
 
 def _layer_autograd(ctx, g, _r, _kept):
@@ -549,7 +551,7 @@ def _layer_autograd(ctx, g, _r, _kept):
 
 torch.library.register_autograd('resnet_bk::layer', _layer_autograd, setup_context=_layer_setup)
 
-# %% ../nbs/02_mixers.ipynb #c0052
+# %% ../nbs/02_mixers.ipynb #c0053
 @torch.compiler.assume_constant_result
 def _layer_threads(): return torch.get_num_threads() if LAYER.load() else 0
 
@@ -576,7 +578,7 @@ def _fused(self:BKMixer, h, state, cut, return_state):
     end = (end if h.shape[1] or g0 is None else g0).to(f)
     return y, (None if self.conv is None else self.conv.tail(h[...,:P], past, cut), tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
 
-# %% ../nbs/02_mixers.ipynb #c0059
+# %% ../nbs/02_mixers.ipynb #c0060
 def resolvent_attention(
     q:Tensor,         # (B, N, H, dk) queries
     k:Tensor,         # (B, N, H, dk) keys
@@ -612,7 +614,7 @@ def resolvent_attention(
     y = y.flatten(2, 3)[:,:,:N].transpose(1, 2)
     return (y, state) if return_state else y
 
-# %% ../nbs/02_mixers.ipynb #c0060
+# %% ../nbs/02_mixers.ipynb #c0061
 def _carry(y, q, k, v, a, A, cuts, state):
     "Between chunks: each adds to the matrix state what it saw, and reads what those before it left."
     end, into = A[...,-1:] - (A - a), A                          # decay from token j to the chunk's end; from the chunk's start to token i
@@ -628,7 +630,7 @@ def _passed(new, decay, state): # the states before each chunk, and the last
     for new_c, decay_c in zip(new.unbind(2), decay.unbind(2)): before.append(S); S = torch.addcmul(new_c, decay_c, S)
     return torch.stack(before, 2), S
 
-# %% ../nbs/02_mixers.ipynb #c0065
+# %% ../nbs/02_mixers.ipynb #c0066
 class BKAttention(nn.Module):
     "Linear attention with a d×d state per head, decaying by the causal Green's function of one chain per head: `y = (Q Kᵀ ∘ |G|) V`. O(N); exact streaming."
     def __init__(self,
@@ -652,7 +654,7 @@ class BKAttention(nn.Module):
         self.norm = nn.RMSNorm(d_model//n_heads, eps=1e-5)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-# %% ../nbs/02_mixers.ipynb #c0066
+# %% ../nbs/02_mixers.ipynb #c0067
 @patch
 def forward(self:BKAttention,
     x:Tensor,               # (B, N, D)
@@ -682,20 +684,20 @@ def _plain(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     else:
         y = resolvent_attention(q, k, v, g.abs(), hop, S, return_state, self.chunk)
         if return_state: y, S = y
-    y = self.norm(y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
+    y = _normed(self.norm, y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
     return y.flatten(-2).to(h.dtype), S
 
 BKAttention._can_fuse = lambda *_: False                # until the kernel is there
 BKAttention.extra_repr = lambda self: f'{self.n_heads} heads of {self.d_model//self.n_heads}'
 
-# %% ../nbs/02_mixers.ipynb #c0067
+# %% ../nbs/02_mixers.ipynb #c0068
 def _with_phase(q, k, v, g):
     "`(Q Kᵀ ∘ Re G) V`, quadratic: only to compare."
     s = torch.cat([torch.zeros_like(g[:,:1]), (-g).log().cumsum(1)], 1).transpose(1, 2)             # G_ij = -Π (-g)
     G = -(s[...,1:,None] - s[...,None,:-1]).masked_fill(~torch.ones(g.shape[1], g.shape[1], dtype=torch.bool).tril(), -math.inf).exp().real
     return torch.einsum('bihd,bjhd,bhij,bjhe->bihe', q, k, G.nan_to_num(), v)
 
-# %% ../nbs/02_mixers.ipynb #c0071
+# %% ../nbs/02_mixers.ipynb #c0072
 CPP_ATTENTION = r'''
 enum Range { ALL, LOWER, UPTO, FROM };                // all; columns <= row; sum over k <= row; sum over k >= row
 template <class T, int R, int NV> static inline void tile_mm(I n0, I k0, I k1, const T* A, I ra, I ca, const T* Bm, I ldb, T* Cm, I ldc, bool add) {
@@ -719,7 +721,7 @@ template <class T> static void mm(Range what, I m, I n, I k, const T* A, I ra, I
 template <class T> static void flip(I m, I n, const T* a, T* out) { for (I j = 0; j < n; j++) for (I i = 0; i < m; i++) out[j * m + i] = a[i * n + j]; }   // (m, n) -> (n, m)
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0073
+# %% ../nbs/02_mixers.ipynb #c0074
 CPP_ATTENTION += r'''
 template <class T, class M, int CW> struct Attention {
   typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64 };
@@ -739,7 +741,7 @@ template <class T, class M, int CW> struct Attention {
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0075
+# %% ../nbs/02_mixers.ipynb #c0076
 CPP_ATTENTION += r'''
   void load(Room& o, I b, I hd, I t0, I n, I ahead) const {
     const uint8_t* q = cut ? cut + b * N : nullptr; int age = CW;
@@ -773,7 +775,7 @@ CPP_ATTENTION += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0077
+# %% ../nbs/02_mixers.ipynb #c0078
 CPP_ATTENTION += r'''
   void chunk(Room& o, I n) const {
     flip<T>(Q, d, o.x[1], o.kt); mm<T>(LOWER, Q, Q, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
@@ -795,6 +797,10 @@ CPP_ATTENTION += r'''
     for (I i = 0; i < d * d; i += W) to<T>(o.S + i, from<T>(o.S + i) * o.decay);
     mm<T>(ALL, d, d, Q, o.dY, 1, d, o.x[2], d, o.S, d, true);
   }
+'''
+
+# %% ../nbs/02_mixers.ipynb #c0080
+CPP_ATTENTION += r'''
   void forward() const {
     #pragma omp parallel num_threads(threads)
     {
@@ -824,7 +830,7 @@ CPP_ATTENTION += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0079
+# %% ../nbs/02_mixers.ipynb #c0082
 CPP_ATTENTION_BACKWARD = r'''
   void gate_back(Room& o, I b, I hd, I t0, I n, double* sum) const {   // from dout to dY, the gate's gradient and the norm's weight
     for (I i = 0; i < n; i++) {
@@ -842,6 +848,10 @@ CPP_ATTENTION_BACKWARD = r'''
     for (I i = n * d; i < Q * d; i++) o.dY[i] = 0;
     for (I c = 0; c < d; c++) { sum[3 * CW * D() + c] += o.dw[c]; o.dw[c] = 0; }
   }
+'''
+
+# %% ../nbs/02_mixers.ipynb #c0084
+CPP_ATTENTION_BACKWARD += r'''
   void chunk_back(Room& o) const {                     // E holds |G|, P the weighted products, dS the gradient of the state after the chunk
     for (I i = 0; i < Q; i++) o.dA[i] = o.da[i] = 0;
     T sd = 0; for (I i = 0; i < d * d; i++) sd += o.S[i] * o.dS[i];
@@ -879,7 +889,7 @@ CPP_ATTENTION_BACKWARD = r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0081
+# %% ../nbs/02_mixers.ipynb #c0086
 CPP_ATTENTION_BACKWARD += r'''
   void load_back(Room& o, I b, I hd, I t0, I n, double* sum) const {
     for (int p = 0; p < 3; p++) {
@@ -911,6 +921,10 @@ CPP_ATTENTION_BACKWARD += r'''
     T keep[CW][CW]; for (I i = 0; i < CW; i++) for (int j = 0; j < CW; j++) keep[i][j] = i < n ? o.ok[i][j] : o.next[i - n][j];
     std::memcpy(o.next, keep, sizeof keep);
   }
+'''
+
+# %% ../nbs/02_mixers.ipynb #c0088
+CPP_ATTENTION_BACKWARD += r'''
   void backward() const {
     #pragma omp parallel num_threads(threads)
     {
@@ -932,7 +946,7 @@ CPP_ATTENTION_BACKWARD += r'''
 };
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0082
+# %% ../nbs/02_mixers.ipynb #c0089
 CPP_ATTENTION_ENTRY = r'''
 // a: B N H d F threads width type, pointer to eps, then the tensors in the order below
 template <class T, class M, int CW> int attention(const I* a, bool back) {
@@ -947,7 +961,7 @@ extern "C" int bk_attention(const I* a) { return a[7] == 0 ? attention_width<flo
 extern "C" int bk_attention_backward(const I* a) { return a[7] == 0 ? attention_width<float, float>(a, true) : a[7] == 1 ? attention_width<double, double>(a, true) : attention_width<float, bf16>(a, true); }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0083
+# %% ../nbs/02_mixers.ipynb #c0090
 ATTENTION = CppLibrary('bk_attention', CPP_LANES + CPP_MATH + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
 
 def _attention_call(name, h, taps, log_g, weight, eps, *tensors):
@@ -963,7 +977,7 @@ def _attend(h, past, cut, taps, log_g, weight, S, eps, keep=True):
     _attention_call('bk_attention', h, taps, log_g, weight, eps, past, cut, taps, log_g, weight, out, r, kept, S, end, None, None, None, None)
     return out, r, kept, end
 
-# %% ../nbs/02_mixers.ipynb #c0084
+# %% ../nbs/02_mixers.ipynb #c0091
 @torch.library.custom_op('resnet_bk::attention', mutates_args=(), device_types='cpu')
 def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the projections of `BKAttention`: (B, N, D), and what the backward pass keeps."
@@ -991,7 +1005,7 @@ def _attention_autograd(ctx, g, _r, _kept):
     return dh, None, s[:n].view_as(taps), dg, s[n:].clone(), None
 torch.library.register_autograd('resnet_bk::attention', _attention_autograd, setup_context=_attention_setup)
 
-# %% ../nbs/02_mixers.ipynb #c0085
+# %% ../nbs/02_mixers.ipynb #c0092
 @torch.compiler.assume_constant_result
 def _attention_threads(): return torch.get_num_threads() if ATTENTION.load() else 0
 
