@@ -820,10 +820,8 @@ for name,f in dict(diag=_diag_cpp, diag_backward=_diag_backward_cpp, solve=_solv
 BACKENDS['cpp'] = Cpp
 
 # %% ../nbs/01_bk_core.ipynb #c0077
-_PLUGINS = dict(cuda='hardware')   # backends that a module of this package brings; looked for when the first tensor of that device comes, so nothing here depends on it
-
 def _cuda():
-    if 'cuda' not in BACKENDS: importlib.import_module('resnet_bk.' + _PLUGINS['cuda'])
+    if 'cuda' not in BACKENDS: importlib.import_module('resnet_bk.hardware')   # a plug-in, looked for when the first tensor of its device comes
     return BACKENDS['cuda'].library.load() is not None
 
 def _backend(name, x):

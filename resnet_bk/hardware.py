@@ -1150,7 +1150,7 @@ def capture_step(model:nn.Module,
     return graph.replay, loss
 
 # %% ../nbs/10_hardware.ipynb #c0134
-def _rivals(): return importlib.import_module('resnet_bk.' + 'benchmarks')   # only these commands look up to the rivals; nothing is imported with this module
+def _rivals(): return importlib.import_module('resnet_bk.benchmarks')   # only these commands look up to the rivals; nothing is imported with this module
 
 def _ms(f, dev, rounds=10):
     "Median milliseconds of `f`, after two runs to warm up."
