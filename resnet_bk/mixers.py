@@ -215,19 +215,23 @@ CPP_MATH += r'''
 static inline Lanes<float>::V vexp(Lanes<float>::V x) { // e^x to 1 ulp or two: 2^n times a polynomial (Cephes)
   typedef Lanes<float>::V V; typedef Vec<int32_t, Lanes<float>::W>::V J;
   x = x < -87.f ? V{} - 87.f : x; x = x > 88.f ? V{} + 88.f : x;
-  V n = (x * 1.44269504088896341f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  V t = x * 1.44269504088896341f + 12583039.f, n = t - 12583039.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;   // 1.5 * 2^23 + 127: the lowest bits of t are n + 127
   V p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  return p * (V)((__builtin_convertvector(n, J) + 127) << 23);
+  return p * (V)((J)t << 23);
 }
 static inline Lanes<double>::V vexp(Lanes<double>::V x) { for (int i = 0; i < Lanes<double>::W; i++) x[i] = std::exp(x[i]); return x; }
 template <class V> static inline V sigmoid(V x) { return 1 / (1 + vexp(-x)); }
-static inline Lanes<float>::V softplus(Lanes<float>::V x) { // max(x, 0) + log(1 + e^-|x|), the logarithm as 2 artanh(y/(2+y))
-  typedef Lanes<float>::V V; V zero = {}, y = vexp(x > 0 ? -x : x), s = y / (2 + y), q = s * s;
-  V l = 2 * s * (1 + q * (1.f/3 + q * (1.f/5 + q * (1.f/7 + q * (1.f/9 + q * (1.f/11 + q * (1.f/13)))))));
-  return (x < 0 ? zero : x) + l;
+static inline Lanes<float>::V log1pe(Lanes<float>::V y) { // log(1 + y) for y in [0, 1], as 2 artanh(y/(2+y))
+  typedef Lanes<float>::V V; V s = y / (2 + y), q = s * s;
+  return 2 * s * (1 + q * (1.f/3 + q * (1.f/5 + q * (1.f/7 + q * (1.f/9 + q * (1.f/11 + q * (1.f/13)))))));
 }
-static inline Lanes<double>::V softplus(Lanes<double>::V x) { for (int i = 0; i < Lanes<double>::W; i++) x[i] = (x[i] > 0 ? x[i] : 0) + std::log1p(std::exp(-std::abs(x[i]))) + (x[i] != x[i] ? x[i] : 0); return x; }
+static inline Lanes<double>::V log1pe(Lanes<double>::V y) { for (int i = 0; i < Lanes<double>::W; i++) y[i] = std::log1p(y[i]); return y; }
+template <class V> static inline V softplus(V x, V* slope = nullptr) { // max(x, 0) + log(1 + e^-|x|); its slope is the sigmoid
+  V zero = {}, y = vexp(x > 0 ? -x : x);
+  if (slope) *slope = (x > 0 ? 1 + zero : y) / (1 + y);
+  return (x < 0 ? zero : x) + log1pe(y);
+}
 #ifdef _OPENMP
 extern "C" int omp_get_thread_num();
 static inline int bk_thread() { return omp_get_thread_num(); }
@@ -251,7 +255,7 @@ template <class T, class M, int CW> struct Layer {
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; }
 
   struct Tile { I c; int n; V f[3][CW], bias, scale; Cx<double> g[H], y[H]; typename Simd<double>::V e[H], et[H]; };
-  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], u, w, v, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };
+  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], u, w, v, su, sw, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };   // su, sw: slopes, for the way back
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0031
@@ -299,23 +303,24 @@ CPP_LAYER += r'''
 # %% ../nbs/02_mixers.ipynb #c0035
 CPP_LAYER += r'''
   // u, w, v, then pivots and mixed values of one block of rows; leaves the state after it in the tile
-  void sweep(Tile& t, Block& k, I b, I t0, I t1, I ahead) const {
+  template <bool BACK, bool CUT> void sweep(Tile& t, Block& k, I b, I t0, I t1, I ahead) const {
     const I n = t1 - t0;
-    for (int p = 0; p < s.nin; p++) cut ? conv<true>(t, k, b, t0, t1, p, ahead * hn) : conv<false>(t, k, b, t0, t1, p, ahead * hn);
+    for (int p = 0; p < s.nin; p++) conv<CUT>(t, k, b, t0, t1, p, ahead * hn);
     for (I i = 0; i < n; i++) {
-      V w = {}, v = {}, u = from<T>(k.pre[0][i]);
-      if (iw > 0) w = softplus(from<T>(k.pre[iw][i]) + t.bias);
-      if (iv > 0) v = T(s.vmax) * (2 * sigmoid(2 * from<T>(k.pre[iv][i])) - 1);
-      if (s.act) u = u * sigmoid(u);
-      u = u * t.scale;
-      to<T>(k.u[i], u); to<T>(k.w[i], w); to<T>(k.v[i], v);
+      V u = from<T>(k.pre[0][i]), su, sw;
+      if (iw > 0) { to<T>(k.w[i], softplus(from<T>(k.pre[iw][i]) + t.bias, BACK ? &sw : nullptr)); if (BACK) to<T>(k.sw[i], sw); }
+      if (iv > 0) to<T>(k.v[i], T(s.vmax) * (2 * sigmoid(2 * from<T>(k.pre[iv][i])) - 1));
+      if (s.act) { su = sigmoid(u); u = u * su; if (BACK) to<T>(k.su[i], su); }
+      to<T>(k.u[i], u * t.scale);
     }
-    Z g[H], y[H]; for (int x = 0; x < H; x++) { g[x] = t.g[x]; y[x] = t.y[x]; }
+    typedef typename Simd<double>::V VD; Z g[H], y[H]; for (int x = 0; x < H; x++) { g[x] = t.g[x]; y[x] = t.y[x]; }
     for (I i = 0; i < n; i++) for (int x = 0; x < H; x++) {
-      const int o = x * HALF; double bond = k.bond[i]; typename Simd<double>::V one = typename Simd<double>::V{} + bond;
-      Z a = {-2 - t.e[x] + ld<double>(k.v[i] + o), -(t.et[x] + ld<double>(k.w[i] + o))};
-      g[x] = pivot_step(a, g[x] * one); y[x] = mix_step(g[x], y[x], one, ld<double>(k.u[i] + o));
-      st<double>(k.gr[i] + o, g[x].re); st<double>(k.gi[i] + o, g[x].im); st<double>(k.yr[i] + o, y[x].re); st<double>(k.yi[i] + o, y[x].im);
+      const int o = x * HALF; const VD bond = VD{} + (CUT ? double(k.bond[i]) : 1.); Z a = {-2 - t.e[x], -t.et[x]};
+      if (iw > 0) a.im -= ld<double>(k.w[i] + o);
+      if (iv > 0) a.re += ld<double>(k.v[i] + o);
+      g[x] = pivot_step(a, CUT ? g[x] * bond : g[x]); y[x] = mix_step(g[x], y[x], bond, ld<double>(k.u[i] + o));
+      if (BACK) { st<double>(k.gr[i] + o, g[x].re); st<double>(k.gi[i] + o, g[x].im); }
+      st<double>(k.yr[i] + o, y[x].re); st<double>(k.yi[i] + o, y[x].im);
     }
     for (int x = 0; x < H; x++) { t.g[x] = g[x]; t.y[x] = y[x]; }
   }
@@ -367,7 +372,7 @@ CPP_LAYER += r'''
           I t1 = std::min<I>(s.N, t0 + ROWS); std::fill(ss, ss + ROWS, V{}); cuts(k, b, t0, t1);
           for (I i = 0; i < count; i++) {
             if (ck) save(tile[i], ck + ((b * s.blocks() + t0 / ROWS) * s.C + tile[i].c) * 4);
-            sweep(tile[i], k, b, t0, t1, ROWS); emit(tile[i], k, b, t0, t1, ss);
+            cut ? sweep<false, true>(tile[i], k, b, t0, t1, ROWS) : sweep<false, false>(tile[i], k, b, t0, t1, ROWS); emit(tile[i], k, b, t0, t1, ss);
           }
           for (I i = 0; i < t1 - t0; i++) sq[i] = hsum(ss[i]);
           if (parts == 1) finish(b, t0, t1, sq); else std::copy(sq, sq + (t1 - t0), &all[(part * s.B + b) * s.N + t0]);
@@ -411,7 +416,7 @@ CPP_LAYER_BACKWARD = r'''
 # %% ../nbs/02_mixers.ipynb #c0043
 CPP_LAYER_BACKWARD += r'''
   void back(Tile& t, Adj& a, Block& k, I b, I t0, I t1, const T* m, double* sum) const {
-    const I n = t1 - t0, D = s.feat * s.C; load(t, ck + ((b * s.blocks() + t0 / ROWS) * s.C + t.c) * 4); sweep(t, k, b, t0, t1, -ROWS);
+    const I n = t1 - t0, D = s.feat * s.C; load(t, ck + ((b * s.blocks() + t0 / ROWS) * s.C + t.c) * 4); cut ? sweep<true, true>(t, k, b, t0, t1, -ROWS) : sweep<true, false>(t, k, b, t0, t1, -ROWS);
     V sE = {}, sN = {}, sB = {}, sS = {}, sW0 = {}, sW1 = {}, w0, w1 = {};
     if (s.feat == 2 && t.n == W) { V p = from<T>(wt + 2 * t.c), q = from<T>(wt + 2 * t.c + W); w0 = Shuffle<W>::even(p, q); w1 = Shuffle<W>::odd(p, q); }
     else if (s.feat == 2) { w0 = w1 = V{}; for (int i = 0; i < t.n; i++) { w0[i] = wt[2 * (t.c + i)]; w1[i] = wt[2 * (t.c + i) + 1]; } }
@@ -433,13 +438,13 @@ CPP_LAYER_BACKWARD += r'''
       typedef Complex<V> ZT; const ZT gc = {gr, -gi}, yc = {yr, -yi};
       a.P = mix_adjoint(gc, ZT{y0, y1}, a.P, V{} + bond); a.L = pivot_adjoint(gc, a.L * (V{} + bond)) - yc * a.P;   // the bond is 0 or 1, so t^2 = t
       sE -= a.L.re; sN -= a.L.im;
-      V ds = a.P.re, dw = -a.L.im, pu = from<T>(k.pre[0][i]), su = {}, u = pu;
-      if (s.act) { su = sigmoid(pu); u = pu * su; }
+      V ds = a.P.re, dw = -a.L.im, u = from<T>(k.pre[0][i]), su = from<T>(k.su[i]);
+      if (s.act) u = u * su;
       V x = ds * t.scale;
       sS += ds * u;
       if (s.act) x = x * (su + u * (1 - su));
       to<T>(k.pre[0][i], x);
-      if (iw > 0) { V dp = dw * sigmoid(from<T>(k.pre[iw][i]) + t.bias); sB += dp; to<T>(k.pre[iw][i], dp); }
+      if (iw > 0) { V dp = dw * from<T>(k.sw[i]); sB += dp; to<T>(k.pre[iw][i], dp); }
       if (iv > 0) { V th = from<T>(k.v[i]) / T(s.vmax); to<T>(k.pre[iv][i], a.L.re * T(s.vmax) * (1 - th * th)); }
     }
     for (int p = 0; p < s.nin; p++) conv_back(t, a, k, b, t0, n, p, sum);
@@ -517,11 +522,19 @@ def _layer(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, feat
     _layer_call('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None, None)
     return out, r, kept, end
 
+def _layer_forward(h, cut, taps, bias, E, eta, scale, weight, *rest): return _layer(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3]
+
+def _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
+    B,T = h.shape[0], torch.get_num_threads(); C = len(scale); n = taps.numel()//C + 4 + features
+    dh, sums = torch.zeros_like(h, memory_format=torch.contiguous_format) if h.numel() == 0 else h.new_empty(h.shape), h.new_zeros(T if B >= T else B*(-(-T//max(B, 1))), n, C, dtype=torch.float64)
+    _layer_call('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g.contiguous(), dh, sums)
+    return dh, sums.sum(0).to(scale.dtype)
+
 # %% ../nbs/02_mixers.ipynb #c0050
 @torch.library.custom_op('resnet_bk::layer', mutates_args=(), device_types='cpu')
 def layer_op(h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor, v_max:float, eps:float, features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the two projections of `BKMixer`: (B, N, features·C), and what the backward pass keeps."
-    return _layer(h, None, cut, taps, bias, E, eta, scale, weight, None, v_max, eps, features, act, has_v)[:3]
+    return _layer_forward(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_v)
 
 @layer_op.register_fake
 def _(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_v):
@@ -532,10 +545,7 @@ def _(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_
 def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor, out:Tensor, r:Tensor, kept:Tensor,
                       v_max:float, eps:float, features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor]:
     "Adjoint of `layer`: the gradient of h, and those of the parameters as rows (taps, bias, scale, E, eta, weight) of length C."
-    B,T = h.shape[0], torch.get_num_threads(); C = len(scale); n = taps.numel()//C + 4 + features
-    dh, sums = torch.zeros_like(h, memory_format=torch.contiguous_format) if h.numel() == 0 else h.new_empty(h.shape), h.new_zeros(T if B >= T else B*(-(-T//max(B, 1))), n, C, dtype=torch.float64)
-    _layer_call('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g.contiguous(), dh, sums)
-    return dh, sums.sum(0).to(scale.dtype)
+    return _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v)
 
 @layer_backward_op.register_fake
 def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
@@ -544,12 +554,23 @@ def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, fe
 # %% ../nbs/02_mixers.ipynb #c0051
 def _layer_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:8], *output); ctx.rest = inputs[8:]
 
-def _layer_autograd(ctx, g, _r, _kept):
+def _layer_grads(ctx, g, back):
     h, cut, taps, bias, E, eta, scale, weight, out, r, kept = ctx.saved_tensors
-    dh, s = layer_backward_op(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *ctx.rest); W, P = taps.shape; n = taps.numel()//len(scale)
+    dh, s = back(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *ctx.rest); W, P = taps.shape; n = taps.numel()//len(scale)
     return (dh, None, s[:n].reshape(W, P), None if bias is None else s[n], s[n+2], s[n+3], s[n+1], s[n+4:].T.reshape(-1), *(None,)*5)
 
-torch.library.register_autograd('resnet_bk::layer', _layer_autograd, setup_context=_layer_setup)
+def _eager(name, op, forward, backward, setup, grads):
+    "The custom op's derivative, and an `autograd.Function` of the same kernels without a dispatcher in between."
+    torch.library.register_autograd(f'resnet_bk::{name}', lambda ctx, g, *_: grads(ctx, g, op), setup_context=setup)
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs): output = forward(*inputs); setup(ctx, inputs, output); return output[0]
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g): return grads(ctx, g, backward)
+    return Eager.apply
+
+_layer_eager = _eager('layer', layer_backward_op, _layer_forward, _layer_backward, _layer_setup, _layer_grads)
 
 # %% ../nbs/02_mixers.ipynb #c0053
 @torch.compiler.assume_constant_result
@@ -571,7 +592,8 @@ def _fused(self:BKMixer, h, state, cut, return_state):
     rest = (self.v_max, self.norm.eps, self.features, self.conv is not None, self.potential == 'token')
     if h.stride(-1) != 1: h = h.contiguous()
     if cut is not None: cut = cut.contiguous()
-    if torch.is_grad_enabled() or torch.compiler.is_compiling(): return layer_op(h, cut, *ts, *rest)[0], None
+    if torch.compiler.is_compiling() or h.device.type != 'cpu' and torch.is_grad_enabled(): return layer_op(h, cut, *ts, *rest)[0], None
+    if torch.is_grad_enabled(): return _layer_eager(h, cut, *ts, *rest), None
     past, g0 = (None, None) if state is None else (state[0], torch.cat([torch.view_as_real(s) for s in state[1]], -1).double().contiguous())
     y, _, _, end = _layer(h, None if past is None else past.to(h).contiguous(), cut, *ts, g0, *rest, keep=False)
     if not return_state: return y, None
@@ -977,11 +999,18 @@ def _attend(h, past, cut, taps, log_g, weight, S, eps, keep=True):
     _attention_call('bk_attention', h, taps, log_g, weight, eps, past, cut, taps, log_g, weight, out, r, kept, S, end, None, None, None, None)
     return out, r, kept, end
 
+def _attention_forward(h, cut, taps, log_g, weight, eps): return _attend(h, None, cut, taps, log_g, weight, None, eps)[:3]
+
+def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
+    dh, dg, sums = h.new_empty(h.shape), torch.empty_like(log_g), h.new_zeros(torch.get_num_threads(), taps.numel() + len(weight), dtype=torch.float64)
+    _attention_call('bk_attention_backward', h, taps, log_g, weight, eps, None, cut, taps, log_g, weight, out, r, kept, None, None, g.contiguous(), dh, dg, sums)
+    return dh, dg, sums.sum(0).to(taps.dtype)
+
 # %% ../nbs/02_mixers.ipynb #c0091
 @torch.library.custom_op('resnet_bk::attention', mutates_args=(), device_types='cpu')
 def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the projections of `BKAttention`: (B, N, D), and what the backward pass keeps."
-    return _attend(h, None, cut, taps, log_g, weight, None, eps)[:3]
+    return _attention_forward(h, cut, taps, log_g, weight, eps)
 
 @attention_op.register_fake
 def _(h, cut, taps, log_g, weight, eps):
@@ -991,19 +1020,17 @@ def _(h, cut, taps, log_g, weight, eps):
 @torch.library.custom_op('resnet_bk::attention_backward', mutates_args=(), device_types='cpu')
 def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, out:Tensor, r:Tensor, kept:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
     "Adjoint of `attention`: gradients of h and log_g, and those of taps and weight in one row."
-    dh, dg, sums = h.new_empty(h.shape), torch.empty_like(log_g), h.new_zeros(torch.get_num_threads(), taps.numel() + len(weight), dtype=torch.float64)
-    _attention_call('bk_attention_backward', h, taps, log_g, weight, eps, None, cut, taps, log_g, weight, out, r, kept, None, None, g.contiguous(), dh, dg, sums)
-    return dh, dg, sums.sum(0).to(taps.dtype)
+    return _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps)
 
 @attention_backward_op.register_fake
 def _(g, h, cut, taps, log_g, weight, out, r, kept, eps): return h.new_empty(h.shape), torch.empty_like(log_g), taps.new_empty(taps.numel() + weight.shape[0])
 
 def _attention_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:5], *output); ctx.eps = inputs[5]
-def _attention_autograd(ctx, g, _r, _kept):
+def _attention_grads(ctx, g, back):
     h, cut, taps, log_g, weight, *rest = ctx.saved_tensors
-    dh, dg, s = attention_backward_op(g, h, cut, taps, log_g, weight, *rest, ctx.eps); n = taps.numel()
+    dh, dg, s = back(g, h, cut, taps, log_g, weight, *rest, ctx.eps); n = taps.numel()
     return dh, None, s[:n].view_as(taps), dg, s[n:].clone(), None
-torch.library.register_autograd('resnet_bk::attention', _attention_autograd, setup_context=_attention_setup)
+_attention_eager = _eager('attention', attention_backward_op, _attention_forward, _attention_backward, _attention_setup, _attention_grads)
 
 # %% ../nbs/02_mixers.ipynb #c0092
 @torch.compiler.assume_constant_result
@@ -1022,6 +1049,7 @@ def _fused(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     taps = (h.new_ones(1, 3*self.d_model, dtype=f) if self.conv is None else self.conv.taps).to(f).contiguous(); log_g, weight = g.abs().log().contiguous(), self.norm.weight.to(f)
     if h.stride(-1) != 1: h = h.contiguous()
     if cut is not None: cut = cut.contiguous()
-    if torch.is_grad_enabled() or torch.compiler.is_compiling(): return attention_op(h, cut, taps, log_g, weight, self.norm.eps)[0], None
+    if torch.compiler.is_compiling() or h.device.type != 'cpu' and torch.is_grad_enabled(): return attention_op(h, cut, taps, log_g, weight, self.norm.eps)[0], None
+    if torch.is_grad_enabled(): return _attention_eager(h, cut, taps, log_g, weight, self.norm.eps), None
     y, _, _, end = _attend(h, None if tail is None else tail.to(h).contiguous(), cut, taps, log_g, weight, None if S is None else S.to(f).contiguous(), self.norm.eps, keep=False)
     return y, end if h.shape[1] or S is None else S
