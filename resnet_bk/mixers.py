@@ -212,6 +212,25 @@ template <class T, class M> struct Mem {
 
 # %% ../nbs/02_mixers.ipynb #c0027
 CPP_MATH += r'''
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+// 1/x to an ulp or two: the processor's estimate and a Newton step; the divider would take longer than all the rest of a row. Zero and infinity give NaN.
+static inline Lanes<float>::V rcp(Lanes<float>::V x) {
+#if defined(__AVX512F__)
+  Lanes<float>::V r = (Lanes<float>::V)_mm512_rcp14_ps((__m512)x); return r + r * (1 - x * r);
+#elif defined(__AVX__)
+  Lanes<float>::V r = (Lanes<float>::V)_mm256_rcp_ps((__m256)x); return r + r * (1 - x * r);
+#else
+  return 1 / x;
+#endif
+}
+static inline Lanes<double>::V rcp(Lanes<double>::V x) { return 1 / x; }
+template <> inline Complex<Lanes<float>::V> Complex<Lanes<float>::V>::recip() const { Lanes<float>::V s = rcp(re * re + im * im); return {re * s, -(im * s)}; }
+'''
+
+# %% ../nbs/02_mixers.ipynb #4d6edbad
+CPP_MATH += r'''
 static inline Lanes<float>::V vexp(Lanes<float>::V x) { // e^x to 1 ulp or two: 2^n times a polynomial (Cephes)
   typedef Lanes<float>::V V; typedef Vec<int32_t, Lanes<float>::W>::V J;
   x = x < -87.f ? V{} - 87.f : x; x = x > 88.f ? V{} + 88.f : x;
@@ -221,15 +240,15 @@ static inline Lanes<float>::V vexp(Lanes<float>::V x) { // e^x to 1 ulp or two: 
   return p * (V)((J)t << 23);
 }
 static inline Lanes<double>::V vexp(Lanes<double>::V x) { for (int i = 0; i < Lanes<double>::W; i++) x[i] = std::exp(x[i]); return x; }
-template <class V> static inline V sigmoid(V x) { return 1 / (1 + vexp(-x)); }
+template <class V> static inline V sigmoid(V x) { return rcp(1 + vexp(-x)); }
 static inline Lanes<float>::V log1pe(Lanes<float>::V y) { // log(1 + y) for y in [0, 1], as 2 artanh(y/(2+y))
-  typedef Lanes<float>::V V; V s = y / (2 + y), q = s * s;
+  typedef Lanes<float>::V V; V s = y * rcp(2 + y), q = s * s;
   return 2 * s * (1 + q * (1.f/3 + q * (1.f/5 + q * (1.f/7 + q * (1.f/9 + q * (1.f/11 + q * (1.f/13)))))));
 }
 static inline Lanes<double>::V log1pe(Lanes<double>::V y) { for (int i = 0; i < Lanes<double>::W; i++) y[i] = std::log1p(y[i]); return y; }
 template <class V> static inline V softplus(V x, V* slope = nullptr) { // max(x, 0) + log(1 + e^-|x|); its slope is the sigmoid
   V zero = {}, y = vexp(x > 0 ? -x : x);
-  if (slope) *slope = (x > 0 ? 1 + zero : y) / (1 + y);
+  if (slope) *slope = (x > 0 ? 1 + zero : y) * rcp(1 + y);
   return (x < 0 ? zero : x) + log1pe(y);
 }
 #ifdef _OPENMP
@@ -246,16 +265,16 @@ enum { ROWS = 32 };                                   // tokens per block
 struct Shape { I B, N, C, F; int nin, feat, act, threads; double vmax, eps; I blocks() const { return (N + ROWS - 1) / ROWS; } I P() const { return nin * C; } };
 // Everything between the two projections of BKMixer. h has columns u | w | v (those there are, nin of them) | gate, C each.
 template <class T, class M, int CW> struct Layer {
-  typedef typename Lanes<T>::V V; typedef Cx<double> Z; enum { W = Lanes<T>::W, HALF = Simd<double>::W, H = W / HALF };
+  typedef typename Lanes<T>::V V; typedef Complex<V> Z; enum { W = Lanes<T>::W };
   typedef T Buf[ROWS][W]; typedef Mem<T, M> ME; typedef Mem<T, T> MT;
   Shape s; int iw, iv;                                // which column block holds w and v; -1 = none
   const M *h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *bias, *E, *eta, *scale, *wt;
-  M* out; T* rinv; double *ck, *g1; const double* g0;  // states are (B, C, 4) doubles: g, y
+  M* out; T* rinv; double *ck, *g1; const double* g0;  // ck: states at the blocks, (B, blocks, 4, C) of T; g0, g1: first and last, (B, C, 4) doubles: g, y
   const M* dout; M* dh; double* sums;                 // sums: threads x (CW*nin + bias + scale + feat + E + eta) x C
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; }
 
-  struct Tile { I c; int n; V f[3][CW], bias, scale; Cx<double> g[H], y[H]; typename Simd<double>::V e[H], et[H]; };
-  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], u, w, v, su, sw, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };   // su, sw: slopes, for the way back
+  struct Tile { I c; int n; V f[3][CW], bias, scale, e, eta; Z g, y; };
+  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], v, su, sw, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };   // su, sw: slopes
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0031
@@ -263,17 +282,17 @@ CPP_LAYER += r'''
   void open(Tile& t, I b, I c) const {
     t.c = c; t.n = (int)std::min<I>(W, s.C - c);
     for (int p = 0; p < s.nin; p++) for (int k = 0; k < CW; k++) t.f[p][k] = MT::ld(taps + k * s.P() + p * s.C + c, t.n);
-    t.bias = bias ? MT::ld(bias + c, t.n) : V{}; t.scale = MT::ld(scale + c, t.n);
-    for (int x = 0; x < H; x++) for (int i = 0; i < HALF; i++) { int l = x * HALF + i; bool in = l < t.n; t.e[x][i] = in ? E[c + l] : 0; t.et[x][i] = in ? eta[c + l] : 1; }
-    load(t, g0 ? g0 + (b * s.C + c) * 4 : nullptr);
+    t.bias = bias ? MT::ld(bias + c, t.n) : V{}; t.scale = MT::ld(scale + c, t.n); t.e = MT::ld(E + c, t.n); t.eta = MT::ld(eta + c, t.n);
+    for (int l = t.n; l < W; l++) t.eta[l] = 1;
+    t.g = t.y = Z{V{}, V{}};
+    if (g0) for (int l = 0; l < t.n; l++) { const double* q = g0 + (b * s.C + c + l) * 4; t.g.re[l] = q[0]; t.g.im[l] = q[1]; t.y.re[l] = q[2]; t.y.im[l] = q[3]; }
   }
-  void load(Tile& t, const double* q) const {
-    for (int x = 0; x < H; x++) for (int i = 0; i < HALF; i++) { const double* r = q + (x * HALF + i) * 4; bool in = q && x * HALF + i < t.n;
-      t.g[x].re[i] = in ? r[0] : 0; t.g[x].im[i] = in ? r[1] : 0; t.y[x].re[i] = in ? r[2] : 0; t.y[x].im[i] = in ? r[3] : 0; }
+  void close(const Tile& t, I b) const {
+    for (int l = 0; l < t.n; l++) { double* q = g1 + (b * s.C + t.c + l) * 4; q[0] = t.g.re[l]; q[1] = t.g.im[l]; q[2] = t.y.re[l]; q[3] = t.y.im[l]; }
   }
-  void save(const Tile& t, double* q) const {
-    for (int l = 0; l < t.n; l++) { int x = l / HALF, i = l % HALF; q[4 * l] = t.g[x].re[i]; q[4 * l + 1] = t.g[x].im[i]; q[4 * l + 2] = t.y[x].re[i]; q[4 * l + 3] = t.y[x].im[i]; }
-  }
+  T* kept(I b, I t0, I c) const { return (T*)ck + (b * s.blocks() + t0 / ROWS) * 4 * s.C + c; }
+  void save(const Tile& t, T* q) const { MT::st(q, t.g.re, t.n); MT::st(q + s.C, t.g.im, t.n); MT::st(q + 2 * s.C, t.y.re, t.n); MT::st(q + 3 * s.C, t.y.im, t.n); }
+  void load(Tile& t, const T* q) const { t.g = {MT::ld(q, t.n), MT::ld(q + s.C, t.n)}; t.y = {MT::ld(q + 2 * s.C, t.n), MT::ld(q + 3 * s.C, t.n)}; }
   void cuts(Block& k, I b, I t0, I t1) const {         // ok[t][j]: no cut between t-j and t; bond[t]: from t-1 to t
     const uint8_t* q = cut + b * s.N; int age = CW;
     if (cut) for (I t = std::max<I>(0, t0 - CW + 1); t < t0; t++) age = q[t] ? 0 : age + 1;
@@ -288,41 +307,36 @@ CPP_LAYER += r'''
     if (t >= 0) return ME::ld(h + b * hb + t * hn + p * s.C + c, n);
     return past ? ME::ld(past + (b * (CW - 1) + t + CW - 1) * s.P() + p * s.C + c, n) : V{};
   }
-  template <bool CUT> void conv(const Tile& t, Block& k, I b, I t0, I t1, int p, I ahead) const {
-    V x[CW]; for (int j = 1; j < CW; j++) to<T>(k.raw[p][CW - 1 - j], x[j - 1] = row(b, t0 - j, p, t.c, t.n));
-    const M* q = h + b * hb + t0 * hn + p * s.C + t.c;
-    for (I i = 0; i < t1 - t0; i++, q += hn) {
-      for (int j = CW - 1; j > 0; j--) x[j] = x[j - 1];
-      __builtin_prefetch((const char*)(q + ahead)); x[0] = ME::ld(q, t.n); to<T>(k.raw[p][CW - 1 + i], x[0]); V a = x[0] * t.f[p][0];
-      for (int j = 1; j < CW; j++) a += CUT ? x[j] * (t.f[p][j] * k.ok[i][j]) : x[j] * t.f[p][j];
-      to<T>(k.pre[p][i], a);
-    }
+  struct Window { V x[CW]; };                         // x[j]: the row j before
+  template <bool BACK> void begin(Window& w, const Tile& t, Block& k, I b, I t0, int p) const {
+    for (int j = 1; j < CW; j++) { w.x[j - 1] = row(b, t0 - j, p, t.c, t.n); if (BACK) to<T>(k.raw[p][CW - 1 - j], w.x[j - 1]); }
+  }
+  template <bool BACK, bool CUT> V next(Window& w, const Tile& t, Block& k, I i, const M* q, int p) const {
+    for (int j = CW - 1; j > 0; j--) w.x[j] = w.x[j - 1];
+    w.x[0] = ME::ld(q + p * s.C, t.n); if (BACK) to<T>(k.raw[p][CW - 1 + i], w.x[0]);
+    V a = w.x[0] * t.f[p][0]; for (int j = 1; j < CW; j++) a += CUT ? w.x[j] * (t.f[p][j] * k.ok[i][j]) : w.x[j] * t.f[p][j];
+    return a;
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0035
 CPP_LAYER += r'''
-  // u, w, v, then pivots and mixed values of one block of rows; leaves the state after it in the tile
-  template <bool BACK, bool CUT> void sweep(Tile& t, Block& k, I b, I t0, I t1, I ahead) const {
-    const I n = t1 - t0;
-    for (int p = 0; p < s.nin; p++) conv<CUT>(t, k, b, t0, t1, p, ahead * hn);
-    for (I i = 0; i < n; i++) {
-      V u = from<T>(k.pre[0][i]), su, sw;
-      if (iw > 0) { to<T>(k.w[i], softplus(from<T>(k.pre[iw][i]) + t.bias, BACK ? &sw : nullptr)); if (BACK) to<T>(k.sw[i], sw); }
-      if (iv > 0) to<T>(k.v[i], T(s.vmax) * (2 * sigmoid(2 * from<T>(k.pre[iv][i])) - 1));
-      if (s.act) { su = sigmoid(u); u = u * su; if (BACK) to<T>(k.su[i], su); }
-      to<T>(k.u[i], u * t.scale);
+  // one block of rows of one tile; hands every pivot and mixed value to `emit`, leaves the last in the tile. BACK: keep inputs and slopes for the way back
+  template <bool BACK, bool CUT, class F> void sweep(Tile& t, Block& k, I b, I t0, I t1, const F& emit) const {
+    Window xu, xw, xv; const M* q = h + b * hb + t0 * hn + t.c;
+    begin<BACK>(xu, t, k, b, t0, 0); if (iw > 0) begin<BACK>(xw, t, k, b, t0, iw);
+    if (iv > 0) { begin<BACK>(xv, t, k, b, t0, iv); for (I i = 0; i < t1 - t0; i++) to<T>(k.v[i], T(s.vmax) * (2 * sigmoid(2 * next<BACK, CUT>(xv, t, k, i, q + i * hn, iv)) - 1)); }
+    Z g = t.g, y = t.y; const V base = -2 - t.e;
+    for (I i = 0; i < t1 - t0; i++, q += hn) {
+      const V bond = V{} + (CUT ? k.bond[i] : T(1)); V u = next<BACK, CUT>(xu, t, k, i, q, 0); Z a = {base, -t.eta};
+      if (BACK) to<T>(k.pre[0][i], u);
+      if (s.act) { V slope = sigmoid(u); u = u * slope; if (BACK) to<T>(k.su[i], slope); }
+      if (iw > 0) { V slope, w = softplus(next<BACK, CUT>(xw, t, k, i, q, iw) + t.bias, BACK ? &slope : nullptr); a.im -= w; if (BACK) to<T>(k.sw[i], slope); }
+      if (iv > 0) a.re += from<T>(k.v[i]);
+      g = pivot_step(a, CUT ? g * bond : g); y = mix_step(g, y, bond, u * t.scale);
+      emit(i, g, y);
     }
-    typedef typename Simd<double>::V VD; Z g[H], y[H]; for (int x = 0; x < H; x++) { g[x] = t.g[x]; y[x] = t.y[x]; }
-    for (I i = 0; i < n; i++) for (int x = 0; x < H; x++) {
-      const int o = x * HALF; const VD bond = VD{} + (CUT ? double(k.bond[i]) : 1.); Z a = {-2 - t.e[x], -t.et[x]};
-      if (iw > 0) a.im -= ld<double>(k.w[i] + o);
-      if (iv > 0) a.re += ld<double>(k.v[i] + o);
-      g[x] = pivot_step(a, CUT ? g[x] * bond : g[x]); y[x] = mix_step(g[x], y[x], bond, ld<double>(k.u[i] + o));
-      if (BACK) { st<double>(k.gr[i] + o, g[x].re); st<double>(k.gi[i] + o, g[x].im); }
-      st<double>(k.yr[i] + o, y[x].re); st<double>(k.yi[i] + o, y[x].im);
-    }
-    for (int x = 0; x < H; x++) { t.g[x] = g[x]; t.y[x] = y[x]; }
+    t.g = g; t.y = y;
   }
 '''
 
@@ -345,19 +359,21 @@ CPP_LAYER += r'''
     }
   }
   static T hsum(V x) { T r = 0; for (int i = 0; i < W; i++) r += x[i]; return r; }
-  void emit(const Tile& t, const Block& k, I b, I t0, I t1, V* ss) const {
-    for (I i = 0; i < t1 - t0; i++) {
-      V re = from<T>(k.yr[i]), im = from<T>(k.yi[i]); M* o = out + (b * s.N + t0 + i) * s.feat * s.C + s.feat * t.c;
-      if (s.feat == 1) { ME::st(o, re, t.n); ss[i] += re * re; continue; }
-      ss[i] += re * re + im * im;
-      if (t.n == W) { ME::store(o, Shuffle<W>::low(re, im)); ME::store(o + W, Shuffle<W>::high(re, im)); }
-      else for (int l = 0; l < t.n; l++) { put(o + 2 * l, T(re[l])); put(o + 2 * l + 1, T(im[l])); }
-    }
+  template <bool CUT> void forward(Tile& t, Block& k, I b, I t0, I t1, V* ss) const {
+    M* o = out + (b * s.N + t0) * s.feat * s.C + s.feat * t.c;
+    sweep<false, CUT>(t, k, b, t0, t1, [&](I i, Z, Z y) {
+      M* q = o + i * s.feat * s.C;
+      if (s.feat == 1) { ME::st(q, y.re, t.n); ss[i] += y.re * y.re; return; }
+      ss[i] += y.re * y.re + y.im * y.im;
+      if (t.n == W) { ME::store(q, Shuffle<W>::low(y.re, y.im)); ME::store(q + W, Shuffle<W>::high(y.re, y.im)); }
+      else for (int l = 0; l < t.n; l++) { put(q + 2 * l, T(y.re[l])); put(q + 2 * l + 1, T(y.im[l])); }
+    });
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0039
 CPP_LAYER += r'''
+  static void soon(const M* p, I n) { for (I c = 0; c < n; c += 64 / sizeof(M)) __builtin_prefetch((const char*)(p + c), 0, 2); }   // n numbers into the second-level cache
   void forward() const {
     const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts;
     std::vector<T> all(parts > 1 ? parts * s.B * s.N : 0);
@@ -369,15 +385,16 @@ CPP_LAYER += r'''
         I b = task / parts, part = task % parts, first = part * per, count = std::min(per, tiles - first); if (count <= 0) continue;
         for (I i = 0; i < count; i++) open(tile[i], b, (first + i) * W);
         for (I t0 = 0; t0 < s.N; t0 += ROWS) {
-          I t1 = std::min<I>(s.N, t0 + ROWS); std::fill(ss, ss + ROWS, V{}); cuts(k, b, t0, t1);
+          I t1 = std::min<I>(s.N, t0 + ROWS), ahead = std::min<I>(s.N - t1, ROWS); std::fill(ss, ss + ROWS, V{}); cuts(k, b, t0, t1);
           for (I i = 0; i < count; i++) {
-            if (ck) save(tile[i], ck + ((b * s.blocks() + t0 / ROWS) * s.C + tile[i].c) * 4);
-            cut ? sweep<false, true>(tile[i], k, b, t0, t1, ROWS) : sweep<false, false>(tile[i], k, b, t0, t1, ROWS); emit(tile[i], k, b, t0, t1, ss);
+            if (ck) save(tile[i], kept(b, t0, tile[i].c));
+            for (I t = i * ahead / count; t < (i + 1) * ahead / count; t++) for (int p = 0; p <= s.nin; p++) soon(h + b * hb + (t1 + t) * hn + p * s.C + first * W, count * W);
+            cut ? forward<true>(tile[i], k, b, t0, t1, ss) : forward<false>(tile[i], k, b, t0, t1, ss);
           }
           for (I i = 0; i < t1 - t0; i++) sq[i] = hsum(ss[i]);
           if (parts == 1) finish(b, t0, t1, sq); else std::copy(sq, sq + (t1 - t0), &all[(part * s.B + b) * s.N + t0]);
         }
-        if (g1) for (I i = 0; i < count; i++) save(tile[i], g1 + (b * s.C + tile[i].c) * 4);
+        if (g1) for (I i = 0; i < count; i++) close(tile[i], b);
       }
       if (parts > 1) {
         #pragma omp for schedule(static)
@@ -393,10 +410,13 @@ CPP_LAYER += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0041
 CPP_LAYER_BACKWARD = r'''
-  struct Adj { Complex<V> P, L; V D[3][CW]; };          // carried from right to left: P, L and what the convolution still owes the rows before
-  void add(double* sum, I at, I c, V x, int n) const { double* q = sum + at * s.C + c; for (int i = 0; i < n; i++) q[i] += x[i]; }
+  struct Adj { Z P, L; V D[3][CW]; };                  // carried from right to left: P, L and what the convolution still owes the rows before
+  void add(double* sum, I at, I c, V x, int n) const {
+    double* q = sum + at * s.C + c;
+    if (n == W) for (int i = 0; i < W; i += Simd<double>::W) st<double>(q + i, ld<double>(q + i) + ld<double>((const T*)&x + i)); else for (int i = 0; i < n; i++) q[i] += x[i];
+  }
   // The convolution transposed: a row's gradient is complete once the rows after it have added their share
-  void conv_back(const Tile& t, Adj& a, const Block& k, I b, I t0, I n, int p, double* sum) const {
+  template <bool CUT> void conv_back(const Tile& t, Adj& a, const Block& k, I b, I t0, I n, int p, double* sum) const {
     V x[CW], ft[CW] = {}, o[CW]; for (int j = 0; j < CW; j++) o[j] = a.D[p][j];
     for (int j = 0; j < CW - 1; j++) x[j + 1] = from<T>(k.raw[p][CW - 1 + n - 1 - j]);
     M* q = dh + (b * s.N + t0 + n - 1) * s.F + p * s.C + t.c;
@@ -404,7 +424,7 @@ CPP_LAYER_BACKWARD = r'''
       for (int j = 0; j < CW - 1; j++) x[j] = x[j + 1];
       x[CW - 1] = from<T>(k.raw[p][i]);
       V d = from<T>(k.pre[p][i]);
-      for (int j = 0; j < CW; j++) { V e = cut ? d * k.ok[i][j] : d; ft[j] += e * x[j]; o[j] += e * t.f[p][j]; }
+      for (int j = 0; j < CW; j++) { V e = CUT ? d * k.ok[i][j] : d; ft[j] += e * x[j]; o[j] += e * t.f[p][j]; }
       ME::st(q, o[0], t.n);
       for (int j = 0; j < CW - 1; j++) o[j] = o[j + 1];
       o[CW - 1] = V{};
@@ -415,14 +435,15 @@ CPP_LAYER_BACKWARD = r'''
 
 # %% ../nbs/02_mixers.ipynb #c0043
 CPP_LAYER_BACKWARD += r'''
-  void back(Tile& t, Adj& a, Block& k, I b, I t0, I t1, const T* m, double* sum) const {
-    const I n = t1 - t0, D = s.feat * s.C; load(t, ck + ((b * s.blocks() + t0 / ROWS) * s.C + t.c) * 4); cut ? sweep<true, true>(t, k, b, t0, t1, -ROWS) : sweep<true, false>(t, k, b, t0, t1, -ROWS);
-    V sE = {}, sN = {}, sB = {}, sS = {}, sW0 = {}, sW1 = {}, w0, w1 = {};
+  template <bool CUT> void back(Tile& t, Adj& a, Block& k, I b, I t0, I t1, const T* m, double* sum) const {
+    const I n = t1 - t0, D = s.feat * s.C; load(t, kept(b, t0, t.c)); 
+    sweep<true, CUT>(t, k, b, t0, t1, [&](I i, Z g, Z y) { to<T>(k.gr[i], g.re); to<T>(k.gi[i], g.im); to<T>(k.yr[i], y.re); to<T>(k.yi[i], y.im); });
+    V sE = {}, sN = {}, sB = {}, sS = {}, sW0 = {}, sW1 = {}, w0, w1 = {}; Z P = a.P, L = a.L;
     if (s.feat == 2 && t.n == W) { V p = from<T>(wt + 2 * t.c), q = from<T>(wt + 2 * t.c + W); w0 = Shuffle<W>::even(p, q); w1 = Shuffle<W>::odd(p, q); }
     else if (s.feat == 2) { w0 = w1 = V{}; for (int i = 0; i < t.n; i++) { w0[i] = wt[2 * (t.c + i)]; w1[i] = wt[2 * (t.c + i) + 1]; } }
     else w0 = MT::ld(wt + t.c, t.n);
     for (I i = n - 1; i >= 0; i--) {
-      const I at = b * s.N + t0 + i; const T r = rinv[at], mean = m[i] / D; const M* q = dout + at * D + s.feat * t.c; __builtin_prefetch((const char*)(q - ROWS * D)); __builtin_prefetch((const char*)(q - ROWS * D + W)); __builtin_prefetch((const char*)(h + b * hb + (t0 + i - ROWS) * hn + s.P() + t.c));
+      const I at = b * s.N + t0 + i; const T r = rinv[at], mean = m[i] / D; const M* q = dout + at * D + s.feat * t.c;
       V d0, d1 = {};
       if (s.feat == 1) d0 = ME::ld(q, t.n);
       else if (t.n == W) { V x = ME::full(q), y = ME::full(q + W); d0 = Shuffle<W>::even(x, y); d1 = Shuffle<W>::odd(x, y); }
@@ -431,23 +452,18 @@ CPP_LAYER_BACKWARD += r'''
       V yr = from<T>(k.yr[i]), yi = from<T>(k.yi[i]), gr = from<T>(k.gr[i]), gi = from<T>(k.gi[i]);
       V h0 = yr * r, h1 = yi * r, e0 = d0 * h0, e1 = d1 * h1;
       sW0 += e0 * silu; sW1 += e1 * silu;
-      V dz = (e0 * w0 + e1 * w1) * (sg + silu * (1 - sg));
-      ME::st(dh + at * s.F + s.P() + t.c, dz, t.n);
+      ME::st(dh + at * s.F + s.P() + t.c, (e0 * w0 + e1 * w1) * (sg + silu * (1 - sg)), t.n);
       V y0 = (d0 * w0 * silu - h0 * mean) * r, y1 = s.feat == 2 ? (d1 * w1 * silu - h1 * mean) * r : V{};
-      const T bond = k.bond[i + 1];
-      typedef Complex<V> ZT; const ZT gc = {gr, -gi}, yc = {yr, -yi};
-      a.P = mix_adjoint(gc, ZT{y0, y1}, a.P, V{} + bond); a.L = pivot_adjoint(gc, a.L * (V{} + bond)) - yc * a.P;   // the bond is 0 or 1, so t^2 = t
-      sE -= a.L.re; sN -= a.L.im;
-      V ds = a.P.re, dw = -a.L.im, u = from<T>(k.pre[0][i]), su = from<T>(k.su[i]);
-      if (s.act) u = u * su;
-      V x = ds * t.scale;
-      sS += ds * u;
-      if (s.act) x = x * (su + u * (1 - su));
-      to<T>(k.pre[0][i], x);
-      if (iw > 0) { V dp = dw * from<T>(k.sw[i]); sB += dp; to<T>(k.pre[iw][i], dp); }
-      if (iv > 0) { V th = from<T>(k.v[i]) / T(s.vmax); to<T>(k.pre[iv][i], a.L.re * T(s.vmax) * (1 - th * th)); }
+      const V bond = V{} + (CUT ? k.bond[i + 1] : T(1)); const Z gc = {gr, -gi}, yc = {yr, -yi};
+      P = mix_adjoint(gc, Z{y0, y1}, P, bond); L = pivot_adjoint(gc, CUT ? L * bond : L) - yc * P;   // the bond is 0 or 1, so t^2 = t
+      sE -= L.re; sN -= L.im;
+      V u = from<T>(k.pre[0][i]), x = P.re * t.scale;
+      if (s.act) { V su = from<T>(k.su[i]); u = u * su; x = x * (su + u * (1 - su)); }
+      sS += P.re * u; to<T>(k.pre[0][i], x);
+      if (iw > 0) { V dp = -L.im * from<T>(k.sw[i]); sB += dp; to<T>(k.pre[iw][i], dp); }
+      if (iv > 0) { V th = from<T>(k.v[i]) / T(s.vmax); to<T>(k.pre[iv][i], L.re * T(s.vmax) * (1 - th * th)); }
     }
-    for (int p = 0; p < s.nin; p++) conv_back(t, a, k, b, t0, n, p, sum);
+    a.P = P; a.L = L; for (int p = 0; p < s.nin; p++) conv_back<CUT>(t, a, k, b, t0, n, p, sum);
     I at = CW * s.nin; add(sum, at, t.c, sB, t.n); add(sum, at + 1, t.c, sS, t.n); add(sum, at + 2, t.c, sE, t.n); add(sum, at + 3, t.c, sN, t.n);
     add(sum, at + 4, t.c, sW0, t.n); if (s.feat == 2) add(sum, at + 5, t.c, sW1, t.n);
   }
@@ -474,9 +490,15 @@ CPP_LAYER_BACKWARD += r'''
         double* sum = sums + (parts == 1 ? bk_thread() : b * parts + part) * n_sums();
         for (I i = 0; i < count; i++) { open(tile[i], b, (first + i) * W); adj[i] = Adj(); }
         for (I blk = s.blocks() - 1; blk >= 0; blk--) {
-          I t0 = blk * ROWS, t1 = std::min<I>(s.N, t0 + ROWS); cuts(k, b, t0, t1);
+          I t0 = blk * ROWS, t1 = std::min<I>(s.N, t0 + ROWS), behind = std::min<I>(t0, ROWS); cuts(k, b, t0, t1);
           if (parts == 1) dots(b, t0, t1, m); else std::copy(&all[b * s.N + t0], &all[b * s.N + t0] + (t1 - t0), m);
-          for (I i = 0; i < count; i++) back(tile[i], adj[i], k, b, t0, t1, m, sum);
+          for (I i = 0; i < count; i++) {
+            for (I t = t0 - (i + 1) * behind / count; t < t0 - i * behind / count; t++) {
+              for (int p = 0; p <= s.nin; p++) soon(h + b * hb + t * hn + p * s.C + first * W, count * W);
+              soon(dout + (b * s.N + t) * D + s.feat * first * W, s.feat * count * W); if (parts == 1) soon(out + (b * s.N + t) * D, D);
+            }
+            cut ? back<true>(tile[i], adj[i], k, b, t0, t1, m, sum) : back<false>(tile[i], adj[i], k, b, t0, t1, m, sum);
+          }
         }
       }
     }
@@ -736,11 +758,33 @@ template <class T> static void mm(Range what, I m, I n, I k, const T* A, I ra, I
   enum { W = Lanes<T>::W, NV = BYTES == 64 ? 4 : 2 };
   for (I i = 0; i < m; i += 4) {
     I k0 = what == FROM ? i : 0, k1 = what == UPTO ? std::min<I>(k, i + 4) : k, n1 = what == LOWER ? std::min<I>(n, (i + 4 + W - 1) / W * W) : n, j = 0;
-    for (; j + NV * W <= n1; j += NV * W) tile_mm<T, 4, NV>(j, k0, k1, A + i * ra, ra, ca, Bm, ldb, Cm + i * ldc, ldc, add);
-    for (; j < n1; j += W) tile_mm<T, 4, 1>(j, k0, k1, A + i * ra, ra, ca, Bm, ldb, Cm + i * ldc, ldc, add);
+    const T* a = A + i * ra; T* c = Cm + i * ldc;
+    for (; j + NV * W <= n1; j += NV * W) tile_mm<T, 4, NV>(j, k0, k1, a, ra, ca, Bm, ldb, c, ldc, add);
+    if (NV == 4 && j + 3 * W <= n1) { tile_mm<T, 4, 3>(j, k0, k1, a, ra, ca, Bm, ldb, c, ldc, add); j += 3 * W; }
+    if (NV == 4 && j + 2 * W <= n1) { tile_mm<T, 4, 2>(j, k0, k1, a, ra, ca, Bm, ldb, c, ldc, add); j += 2 * W; }
+    if (j < n1) tile_mm<T, 4, 1>(j, k0, k1, a, ra, ca, Bm, ldb, c, ldc, add);
   }
 }
-template <class T> static void flip(I m, I n, const T* a, T* out) { for (I j = 0; j < n; j++) for (I i = 0; i < m; i++) out[j * m + i] = a[i * n + j]; }   // (m, n) -> (n, m)
+'''
+
+# %% ../nbs/02_mixers.ipynb #d4a4cb65
+CPP_ATTENTION += r'''
+template <class T> static void flip(I m, I n, const T* a, T* out, I ldo) { // (m, n) -> (n, m); both multiples of the vector
+  typedef typename Lanes<T>::V V; enum { W = Lanes<T>::W };
+  for (I i = 0; i < m; i += W) for (I j = 0; j < n; j += W) {
+    V x[W], y[W]; for (int r = 0; r < W; r++) x[r] = from<T>(a + (i + r) * n + j);
+    _Pragma("GCC unroll 8") for (int round = 1; round < W; round *= 2) {
+      for (int r = 0; r < W / 2; r++) { y[2 * r] = Shuffle<W>::low(x[r], x[r + W / 2]); y[2 * r + 1] = Shuffle<W>::high(x[r], x[r + W / 2]); }
+      for (int r = 0; r < W; r++) x[r] = y[r];
+    }
+    for (int r = 0; r < W; r++) to<T>(out + (j + r) * ldo + i, x[r]);
+  }
+}
+template <class T> static inline typename Lanes<T>::V sums_of(const typename Lanes<T>::V* r) { // lane l: the sum over r[l]
+  typedef typename Lanes<T>::V V; enum { W = Lanes<T>::W }; V x[W]; for (int i = 0; i < W; i++) x[i] = r[i];
+  _Pragma("GCC unroll 8") for (int n = W / 2; n >= 1; n /= 2) for (int i = 0; i < n; i++) x[i] = Shuffle<W>::low(x[i], x[i + n]) + Shuffle<W>::high(x[i], x[i + n]);
+  return x[0];
+}
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0074
@@ -752,99 +796,123 @@ template <class T, class M, int CW> struct Attention {
   const M* dout; M* dh; T *dla; double* sums;         // sums: threads x (CW * 3D + d)
   I D() const { return H * d; } I chunks() const { return (N + Q - 1) / Q; }
   struct Room {
-    std::vector<T> mem; T *raw[3], *pre[3], *x[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dpre[3], *dP, *dw;
-    T norm[2][Q], A[Q], a[Q], into[Q], end[Q], ok[Q][CW], seg[Q], dA[Q], da[Q], next[CW][CW], decay;
+    alignas(64) V rows[Q]; T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay; bool cuts;
+    std::vector<T> mem; T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed, *dw;
   };
   void furnish(Room& o) const {
-    const I c = Q * d, f = (Q + CW) * d, s = d * d; o.mem.assign(3 * f + 3 * c + 3 * c + c + Q * Q + c + 2 * s + Q * Q + c + c + 3 * c + 2 * s + 3 * f + Q * Q + d + 64, T(0));
+    const I c = Q * d, s = d * d; o.mem.assign(13 * c + 4 * s + 3 * Q * Q + 3 * CW * d + d + 64, T(0));
     T* p = (T*)(((uintptr_t)o.mem.data() + 63) / 64 * 64); auto take = [&](I n) { T* q = p; p += n; return q; };
-    for (int i = 0; i < 3; i++) { o.raw[i] = take(f); o.pre[i] = take(c); o.x[i] = take(c); o.dx[i] = take(c); o.dpre[i] = take(f); }
-    o.kt = take(c); o.P = take(Q * Q); o.Y = take(c); o.S = take(s); o.St = take(s); o.E = take(Q * Q); o.vt = take(c); o.dY = take(c); o.dS = take(s); o.dSt = take(s); o.dP = take(Q * Q); o.dw = take(d);
+    for (int i = 0; i < 3; i++) { o.x[i] = take(c); o.sl[i] = take(c); o.dx[i] = take(c); }
+    o.kt = take(c); o.Y = take(c); o.vt = take(c); o.dY = take(c); o.S = take(s); o.St = take(s); o.dS = take(s); o.dSt = take(s); o.P = take(Q * Q); o.E = take(Q * Q); o.dP = take(Q * Q);
+    o.owed = take(3 * CW * d); o.dw = take(d);
   }
+  void each_sum(Room& o, T* to_) const { for (I i = 0; i < Q; i += W) to<T>(to_ + i, sums_of<T>(o.rows + i)); }   // of the vectors in `rows`
+  void zero(Room& o) const { for (I i = 0; i < Q; i++) o.rows[i] = V{}; }
+  static I up(I n, I m) { return (n + m - 1) / m * m; }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0076
 CPP_ATTENTION += r'''
-  void load(Room& o, I b, I hd, I t0, I n, I ahead) const {
-    const uint8_t* q = cut ? cut + b * N : nullptr; int age = CW;
-    if (q) for (I t = std::max<I>(0, t0 - CW + 1); t < t0; t++) age = q[t] ? 0 : age + 1;
+  void decays(Room& o, I b, I hd, I t0, I n) const {
+    const uint8_t* q = cut ? cut + b * N : nullptr; int age = CW; o.cuts = false;
+    if (q) for (I t = std::max<I>(0, t0 - CW + 1); t < t0; t++) { age = q[t] ? 0 : age + 1; o.cuts |= q[t] != 0; }
     T A = 0, seg = 0;
     for (I i = 0; i < Q; i++) {
       bool in = i < n, c = in && q && q[t0 + i]; age = c ? 0 : age + 1; seg += c; o.seg[i] = seg;
-      for (int j = 0; j < CW; j++) o.ok[i][j] = in && j <= age;
+      if (q) for (int j = 0; j < CW; j++) o.ok[i][j] = in && j <= age;
       o.a[i] = in ? la[(b * N + t0 + i) * H + hd] : 0; A += o.a[i]; o.A[i] = A;
     }
-    for (I i = 0; i < Q; i++) { o.into[i] = o.seg[i] == 0 ? std::exp(o.A[i]) : 0; o.end[i] = i < n && o.seg[i] == seg ? std::exp(A - (o.A[i] - o.a[i])) : 0; }
-    o.decay = seg == 0 ? std::exp(A) : 0;
-    for (int p = 0; p < 3; p++) {
-      const I col = p * D() + hd * d;
-      for (I i = 0; i < n + CW - 1; i++) for (I c = 0; c < d; c += W) {
-        I t = t0 + i - (CW - 1); __builtin_prefetch((const char*)(h + b * hb + (t + ahead) * hn + col + c));
-        to<T>(o.raw[p] + i * d + c, t >= 0 ? ME::full(h + b * hb + t * hn + col + c) : past ? ME::full(past + (b * (CW - 1) + t + CW - 1) * 3 * D() + col + c) : V{});
-      }
-      for (I i = 0; i < n; i++) {
-        V s2 = {};
-        for (I c = 0; c < d; c += W) {
-          V a = {}; for (int j = 0; j < CW; j++) a += from<T>(o.raw[p] + (i + CW - 1 - j) * d + c) * (from<T>(taps + j * 3 * D() + col + c) * o.ok[i][j]);
-          V x = a * sigmoid(a); to<T>(o.pre[p] + i * d + c, a); to<T>(o.x[p] + i * d + c, x); s2 += x * x;
-        }
-        if (p == 2) continue;
-        T len = 0; for (int l = 0; l < W; l++) len += s2[l];
-        T inv = 1 / std::max(std::sqrt(len), T(1e-12)); o.norm[p][i] = inv; for (I c = 0; c < d; c += W) to<T>(o.x[p] + i * d + c, from<T>(o.x[p] + i * d + c) * inv);
-      }
-      for (I i = n * d; i < Q * d; i++) o.x[p][i] = 0;
+    o.cuts |= seg > 0;
+    for (I i = 0; i < Q; i += W) {
+      V s = from<T>(o.seg + i), x = from<T>(o.A + i), zero = {}; to<T>(o.into + i, s == 0 ? vexp(x) : zero);
+      x = vexp(A - (x - from<T>(o.a + i))); to<T>(o.end + i, s == seg ? x : zero);
     }
+    for (I i = n; i < Q; i++) o.end[i] = 0;
+    o.decay = seg == 0 ? std::exp(A) : 0;
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0078
 CPP_ATTENTION += r'''
-  void chunk(Room& o, I n) const {
-    flip<T>(Q, d, o.x[1], o.kt); mm<T>(LOWER, Q, Q, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
-    for (I i = 0; i < Q; i++) {
-      V Ai = V{} + o.A[i], si = V{} + o.seg[i], zero = {};
-      I last = (i / 4 * 4 + 4 + W - 1) / W * W;
-      for (I j = 0; j < last && j < Q; j += W) {
-        V e = vexp(Ai - from<T>(o.A + j) + from<T>(o.a + j)); V idx; for (int l = 0; l < W; l++) idx[l] = T(j + l);
-        e = (idx <= T(i)) & (from<T>(o.seg + j) == si) ? e : zero;
-        to<T>(o.E + i * Q + j, e); to<T>(o.P + i * Q + j, from<T>(o.P + i * Q + j) * e);
-      }
+  V row(I b, I t, I col) const { return t >= 0 ? ME::full(h + b * hb + t * hn + col) : past ? ME::full(past + (b * (CW - 1) + t + CW - 1) * 3 * D() + col) : V{}; }
+  template <bool BACK, bool CUT> void strip(Room& o, I b, I t0, I n, int p, I col, I c, const M* soon) const {
+    V f[CW], x[CW]; for (int j = 0; j < CW; j++) f[j] = from<T>(taps + j * 3 * D() + col);
+    for (int j = 1; j < CW; j++) x[j - 1] = row(b, t0 - j, col);
+    const M* q = h + b * hb + t0 * hn + col;
+    for (I i = 0; i < n; i++, q += hn, soon += hn) {
+      for (int j = CW - 1; j > 0; j--) x[j] = x[j - 1];
+      __builtin_prefetch((const char*)soon, 0, 2); x[0] = ME::full(q); V a = x[0] * f[0]; for (int j = 1; j < CW; j++) a += CUT ? x[j] * (f[j] * o.ok[i][j]) : x[j] * f[j];
+      V sg = sigmoid(a), y = a * sg; to<T>(o.x[p] + i * d + c, y); if (BACK) to<T>(o.sl[p] + i * d + c, sg + y * (1 - sg));
+      if (p < 2) o.rows[i] += y * y;
     }
-    mm<T>(ALL, Q, d, d, o.x[0], d, 1, o.S, d, o.Y, d, false);
-    for (I i = 0; i < Q; i++) for (I c = 0; c < d; c += W) to<T>(o.Y + i * d + c, from<T>(o.Y + i * d + c) * o.into[i]);
-    mm<T>(UPTO, Q, d, Q, o.P, Q, 1, o.x[2], d, o.Y, d, true);
   }
-  void advance(Room& o) const {                        // S <- decay S + (K end)^T V; leaves K end in dY
-    for (I i = 0; i < Q; i++) for (I c = 0; c < d; c += W) to<T>(o.dY + i * d + c, from<T>(o.x[1] + i * d + c) * o.end[i]);
-    for (I i = 0; i < d * d; i += W) to<T>(o.S + i, from<T>(o.S + i) * o.decay);
-    mm<T>(ALL, d, d, Q, o.dY, 1, d, o.x[2], d, o.S, d, true);
+  template <bool BACK> void load(Room& o, I b, I hd, I t0, I n, const M* soon) const {
+    decays(o, b, hd, t0, n);
+    for (int p = 0; p < 3; p++) {
+      if (p < 2) zero(o);
+      for (I c = 0; c < d; c += W) { const I col = p * D() + hd * d + c; o.cuts ? strip<BACK, true>(o, b, t0, n, p, col, c, soon + p * D() + c) : strip<BACK, false>(o, b, t0, n, p, col, c, soon + p * D() + c); }
+      if (p < 2) {
+        each_sum(o, o.norm[p]); for (I i = 0; i < Q; i++) o.norm[p][i] = 1 / std::max(std::sqrt(o.norm[p][i]), T(1e-12));
+        for (I i = 0; i < n; i++) { const V s = V{} + o.norm[p][i]; for (I c = 0; c < d; c += W) to<T>(o.x[p] + i * d + c, from<T>(o.x[p] + i * d + c) * s); }
+      }
+      for (I i = n * d; i < up(n, W) * d; i++) o.x[p][i] = 0;
+    }
   }
+  const M* at(I task, I t0) const { task = std::min(task, B * H - 1); return h + task / H * hb + std::min(t0, N - 1) * hn + task % H * d; }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0080
 CPP_ATTENTION += r'''
+  static V lanes(I j) { V x; for (int l = 0; l < W; l++) x[l] = T(j + l); return x; }
+  static void scale(T* out, const T* x, const T* by, I rows, I d) { for (I i = 0; i < rows; i++) { const V s = V{} + by[i]; for (I c = 0; c < d; c += W) to<T>(out + i * d + c, from<T>(x + i * d + c) * s); } }
+  void chunk(Room& o, I n, const T* S, bool have) const {
+    const I R = up(n, 4), RW = up(n, W); flip<T>(RW, d, o.x[1], o.kt, Q); mm<T>(LOWER, R, RW, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
+    for (I i = 0; i < R; i++) {
+      const V Ai = V{} + o.A[i], si = V{} + o.seg[i], zero = {}; const I last = up(i / 4 * 4 + 4, W);
+      for (I j = 0; j < last; j += W) {
+        V e = vexp(Ai - from<T>(o.A + j) + from<T>(o.a + j));
+        if (j + W > i) e = lanes(j) <= T(i) ? e : zero;
+        if (o.cuts) e = from<T>(o.seg + j) == si ? e : zero;
+        to<T>(o.E + i * Q + j, e); to<T>(o.P + i * Q + j, from<T>(o.P + i * Q + j) * e);
+      }
+    }
+    if (have) { mm<T>(ALL, R, d, d, o.x[0], d, 1, S, d, o.Y, d, false); scale(o.Y, o.Y, o.into, R, d); }
+    mm<T>(UPTO, R, d, R, o.P, Q, 1, o.x[2], d, o.Y, d, have);
+  }
+  // S <- decay S + (K end)^T V; dY is free for K end
+  void advance(Room& o, I n, bool have) const {
+    const I R = up(n, 4); scale(o.dY, o.x[1], o.end, R, d); if (have) for (I i = 0; i < d * d; i += W) to<T>(o.S + i, from<T>(o.S + i) * o.decay);
+    mm<T>(ALL, d, d, R, o.dY, 1, d, o.x[2], d, o.S, d, have);
+  }
+'''
+
+# %% ../nbs/02_mixers.ipynb #c0082
+CPP_ATTENTION += r'''
+  void gate(Room& o, I b, I hd, I t0, I n, const M* soon) const {
+    zero(o); for (I i = 0; i < n; i++) for (I c = 0; c < d; c += W) { V y = from<T>(o.Y + i * d + c); o.rows[i] += y * y; }
+    each_sum(o, o.inv); for (I i = 0; i < Q; i++) o.inv[i] = 1 / std::sqrt(o.inv[i] / d + T(eps));
+    for (I i = 0; i < n; i++) {
+      const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d; M* y = out + (b * N + t0 + i) * D() + hd * d; if (r) r[(b * N + t0 + i) * H + hd] = o.inv[i];
+      for (I c = 0; c < d; c += W) {
+        __builtin_prefetch((const char*)(soon + i * hn + 3 * D() + c), 0, 2);
+        V g = ME::full(z + c); ME::store(y + c, from<T>(o.Y + i * d + c) * (from<T>(wt + c) * o.inv[i]) * (g * sigmoid(g)));
+      }
+    }
+  }
   void forward() const {
     #pragma omp parallel num_threads(threads)
     {
       Room o; furnish(o);
       #pragma omp for schedule(static)
       for (I task = 0; task < B * H; task++) {
-        I b = task / H, hd = task % H;
-        if (S0) std::copy(S0 + task * d * d, S0 + (task + 1) * d * d, o.S); else std::fill(o.S, o.S + d * d, T(0));
+        I b = task / H, hd = task % H; bool have = S0;
+        if (S0) std::copy(S0 + task * d * d, S0 + (task + 1) * d * d, o.S);
         for (I t0 = 0; t0 < N; t0 += Q) {
-          I n = std::min<I>(Q, N - t0); load(o, b, hd, t0, n, Q);
-          if (kept) std::copy(o.S, o.S + d * d, kept + (task * chunks() + t0 / Q) * d * d);
-          chunk(o, n);
-          for (I i = 0; i < n; i++) {
-            V s2 = {}; for (I c = 0; c < d; c += W) { V y = from<T>(o.Y + i * d + c); s2 += y * y; }
-            T m = 0; for (int l = 0; l < W; l++) m += s2[l];
-            T inv = 1 / std::sqrt(m / d + T(eps)); if (r) r[(b * N + t0 + i) * H + hd] = inv;
-            for (I c = 0; c < d; c += W) {
-              V z = ME::full(h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c);
-              ME::store(out + (b * N + t0 + i) * D() + hd * d + c, from<T>(o.Y + i * d + c) * (from<T>(wt + c) * inv) * (z * sigmoid(z)));
-            }
-          }
-          if (end || t0 + Q < N) advance(o);
+          I n = std::min<I>(Q, N - t0); const M* soon = t0 + Q < N ? at(task, t0 + Q) : at(task + 1, 0);
+          load<false>(o, b, hd, t0, n, soon);
+          if (kept && have) std::copy(o.S, o.S + d * d, kept + (task * chunks() + t0 / Q) * d * d);
+          chunk(o, n, o.S, have); gate(o, b, hd, t0, n, soon);
+          if (end || t0 + Q < N) { advance(o, n, have); have = true; }
         }
         if (end) std::copy(o.S, o.S + d * d, end + task * d * d);
       }
@@ -852,96 +920,91 @@ CPP_ATTENTION += r'''
   }
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0082
+# %% ../nbs/02_mixers.ipynb #c0084
 CPP_ATTENTION_BACKWARD = r'''
-  void gate_back(Room& o, I b, I hd, I t0, I n, double* sum) const {   // from dout to dY, the gate's gradient and the norm's weight
+  void gate_back(Room& o, I b, I hd, I t0, I n, double* sum, I soon) const {   // soon: how far away in memory, in tokens, the next chunk to be worked on is
+    zero(o);
+    for (I i = 0; i < n; i++) { const I at = (b * N + t0 + i) * D() + hd * d; for (I c = 0; c < d; c += W) o.rows[i] += ME::full(dout + at + c) * ME::full(out + at + c); }
+    each_sum(o, o.inv);
     for (I i = 0; i < n; i++) {
-      const M *g = dout + (b * N + t0 + i) * D() + hd * d, *p = out + (b * N + t0 + i) * D() + hd * d; V s = {};
-      for (I c = 0; c < d; c += W) s += ME::full(g + c) * ME::full(p + c);
-      T m = 0; for (int l = 0; l < W; l++) m += s[l];
-      T inv = r[(b * N + t0 + i) * H + hd]; m /= d;
+      const I at = (b * N + t0 + i) * D() + hd * d; const M *g = dout + at, *z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d; M* dz = dh + (b * N + t0 + i) * F + 3 * D() + hd * d;
+      const T inv = r[(b * N + t0 + i) * H + hd], m = o.inv[i] / d;
       for (I c = 0; c < d; c += W) {
-        V z = ME::full(h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c), sg = sigmoid(z), silu = z * sg, w = from<T>(wt + c), y = from<T>(o.Y + i * d + c) * inv, gd = ME::full(g + c), e = gd * y;
-        ME::store(dh + (b * N + t0 + i) * F + 3 * D() + hd * d + c, e * w * (sg + silu * (1 - sg)));
+        __builtin_prefetch((const char*)(g + c + soon * D()), 0, 2); __builtin_prefetch((const char*)(out + at + c + soon * D()), 0, 2); __builtin_prefetch((const char*)(z + c + soon * hn), 0, 2);
+        V x = ME::full(z + c), sg = sigmoid(x), silu = x * sg, w = from<T>(wt + c), y = from<T>(o.Y + i * d + c) * inv, gd = ME::full(g + c), e = gd * y;
+        ME::store(dz + c, e * w * (sg + silu * (1 - sg)));
         to<T>(o.dw + c, from<T>(o.dw + c) + e * silu);
         to<T>(o.dY + i * d + c, (gd * w * silu - y * m) * inv);
       }
     }
-    for (I i = n * d; i < Q * d; i++) o.dY[i] = 0;
+    for (I i = n * d; i < up(n, W) * d; i++) o.dY[i] = 0;
     for (I c = 0; c < d; c++) { sum[3 * CW * D() + c] += o.dw[c]; o.dw[c] = 0; }
-  }
-'''
-
-# %% ../nbs/02_mixers.ipynb #c0084
-CPP_ATTENTION_BACKWARD += r'''
-  void chunk_back(Room& o) const {                     // E holds |G|, P the weighted products, dS the gradient of the state after the chunk
-    for (I i = 0; i < Q; i++) o.dA[i] = o.da[i] = 0;
-    T sd = 0; for (I i = 0; i < d * d; i++) sd += o.S[i] * o.dS[i];
-    o.dA[Q - 1] += o.decay * sd;
-    mm<T>(ALL, Q, d, d, o.x[1], d, 1, o.dS, d, o.dx[2], d, false);                                     // dV = end K dS + P^T dY
-    for (I i = 0; i < Q; i++) for (I c = 0; c < d; c += W) to<T>(o.dx[2] + i * d + c, from<T>(o.dx[2] + i * d + c) * o.end[i]);
-    mm<T>(FROM, Q, d, Q, o.P, 1, Q, o.dY, d, o.dx[2], d, true);
-    flip<T>(d, d, o.S, o.St); flip<T>(d, d, o.dS, o.dSt); flip<T>(Q, d, o.x[2], o.vt);
-    mm<T>(ALL, Q, d, d, o.dY, d, 1, o.St, d, o.dx[0], d, false); mm<T>(ALL, Q, d, d, o.x[2], d, 1, o.dSt, d, o.dx[1], d, false);
-    for (I i = 0; i < Q; i++) {
-      V si = {}, se = {};
-      for (I c = 0; c < d; c += W) {
-        V x = from<T>(o.dx[0] + i * d + c) * o.into[i], y = from<T>(o.dx[1] + i * d + c) * o.end[i];
-        to<T>(o.dx[0] + i * d + c, x); to<T>(o.dx[1] + i * d + c, y); si += x * from<T>(o.x[0] + i * d + c); se += y * from<T>(o.x[1] + i * d + c);
-      }
-      T a = 0, e = 0; for (int l = 0; l < W; l++) { a += si[l]; e += se[l]; }
-      o.dA[i] += a; o.dA[Q - 1] += e; o.da[i] -= e;   // da: gradient of A_j - a_j
-    }
-    mm<T>(LOWER, Q, Q, d, o.dY, d, 1, o.vt, Q, o.dP, Q, false);
-    for (I i = 0; i < Q; i++) {
-      V row = {};
-      for (I j = 0, last = (i / 4 * 4 + 4 + W - 1) / W * W; j < last; j += W) {
-        V p = from<T>(o.dP + i * Q + j), x = p * from<T>(o.P + i * Q + j); row += x;
-        to<T>(o.da + j, from<T>(o.da + j) - x); to<T>(o.E + i * Q + j, p * from<T>(o.E + i * Q + j));
-      }
-      T a = 0; for (int l = 0; l < W; l++) a += row[l];
-      o.dA[i] += a;
-    }
-    mm<T>(UPTO, Q, d, Q, o.E, Q, 1, o.x[1], d, o.dx[0], d, true); mm<T>(FROM, Q, d, Q, o.E, 1, Q, o.x[0], d, o.dx[1], d, true);
-    for (I i = 0; i < Q; i++) for (I c = 0; c < d; c += W) to<T>(o.Y + i * d + c, from<T>(o.x[0] + i * d + c) * o.into[i]);
-    for (I i = 0; i < d * d; i += W) to<T>(o.dS + i, from<T>(o.dS + i) * o.decay);
-    mm<T>(ALL, d, d, Q, o.Y, 1, d, o.dY, d, o.dS, d, true);
-    T after = 0, upto = 0;                             // gradient of log|g_m|: all A_i with i >= m, all A_j - a_j with j > m
-    for (I i = Q - 1; i >= 0; i--) { upto += o.dA[i]; T own = o.da[i]; o.da[i] = upto + after; after += own; }
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0086
 CPP_ATTENTION_BACKWARD += r'''
+  void scale_dot(Room& o, T* x, const T* by, const T* with, I rows) const {      // x_i *= by_i, and the products with `with` into o.rows
+    for (I i = 0; i < rows; i++) { const V s = V{} + by[i]; V p = {}; for (I c = 0; c < d; c += W) { V y = from<T>(x + i * d + c) * s; to<T>(x + i * d + c, y); p += y * from<T>(with + i * d + c); } o.rows[i] = p; }
+    for (I i = rows; i < Q; i++) o.rows[i] = V{};
+  }
+  void chunk_back(Room& o, I n, const T* S, bool have, bool later) const {       // E holds |G|, P the weighted products, dS the gradient of the state after the chunk
+    const I R = up(n, 4), RW = up(n, W); std::fill(o.dA, o.dA + Q, T(0)); std::fill(o.da, o.da + Q, T(0));   // da: gradient of A_j - a_j
+    if (later) { mm<T>(ALL, R, d, d, o.x[1], d, 1, o.dS, d, o.dx[2], d, false); scale(o.dx[2], o.dx[2], o.end, R, d); }        // dV = end K dS + P^T dY
+    mm<T>(FROM, R, d, R, o.P, 1, Q, o.dY, d, o.dx[2], d, later);
+    if (have) {
+      flip<T>(d, d, S, o.St, d); mm<T>(ALL, R, d, d, o.dY, d, 1, o.St, d, o.dx[0], d, false); scale_dot(o, o.dx[0], o.into, o.x[0], R); each_sum(o, o.dA);
+      if (later) { V s = {}; for (I i = 0; i < d * d; i += W) s += from<T>(S + i) * from<T>(o.dS + i); T sd = 0; for (int l = 0; l < W; l++) sd += s[l]; o.dA[Q - 1] += o.decay * sd; }
+    }
+    if (later) {
+      flip<T>(d, d, o.dS, o.dSt, d); mm<T>(ALL, R, d, d, o.x[2], d, 1, o.dSt, d, o.dx[1], d, false); scale_dot(o, o.dx[1], o.end, o.x[1], R); each_sum(o, o.da);
+      T e = 0; for (I i = 0; i < Q; i++) { e += o.da[i]; o.da[i] = -o.da[i]; }
+      o.dA[Q - 1] += e;
+    }
+    flip<T>(RW, d, o.x[2], o.vt, Q); mm<T>(LOWER, R, RW, d, o.dY, d, 1, o.vt, Q, o.dP, Q, false);
+    zero(o);
+    for (I i = 0; i < R; i++) for (I j = 0, last = up(i / 4 * 4 + 4, W); j < last; j += W) {
+      V p = from<T>(o.dP + i * Q + j), x = p * from<T>(o.P + i * Q + j); o.rows[i] += x;
+      to<T>(o.da + j, from<T>(o.da + j) - x); to<T>(o.E + i * Q + j, p * from<T>(o.E + i * Q + j));
+    }
+    for (I i = 0; i < Q; i += W) to<T>(o.dA + i, from<T>(o.dA + i) + sums_of<T>(o.rows + i));
+    mm<T>(UPTO, R, d, R, o.E, Q, 1, o.x[1], d, o.dx[0], d, have); mm<T>(FROM, R, d, R, o.E, 1, Q, o.x[0], d, o.dx[1], d, later);
+    if (have) {                                        // dS <- decay dS + (Q into)^T dY
+      scale(o.Y, o.x[0], o.into, R, d); if (later) for (I i = 0; i < d * d; i += W) to<T>(o.dS + i, from<T>(o.dS + i) * o.decay);
+      mm<T>(ALL, d, d, R, o.Y, 1, d, o.dY, d, o.dS, d, later);
+    }
+    T after = 0, upto = 0;                             // gradient of log|g_m|: all A_i with i >= m, all A_j - a_j with j > m
+    for (I i = Q - 1; i >= 0; i--) { upto += o.dA[i]; T own = o.da[i]; o.da[i] = upto + after; after += own; }
+  }
+'''
+
+# %% ../nbs/02_mixers.ipynb #f3799605
+CPP_ATTENTION_BACKWARD += r'''
+  template <bool CUT> void strip_back(Room& o, I b, I t0, I n, int p, I col, I c, double* sum) const {
+    V f[CW], ft[CW] = {}, x[CW], w[CW]; for (int j = 0; j < CW; j++) { f[j] = from<T>(taps + j * 3 * D() + col); w[j] = from<T>(o.owed + (p * CW + j) * d + c); }
+    for (int j = 0; j < CW - 1; j++) x[j + 1] = row(b, t0 + n - 1 - j, col);
+    M* q = dh + (b * N + t0 + n - 1) * F + col;
+    for (I i = n - 1; i >= 0; i--, q -= F) {
+      for (int j = 0; j < CW - 1; j++) x[j] = x[j + 1];
+      x[CW - 1] = row(b, t0 + i - (CW - 1), col);
+      V g = from<T>(o.dx[p] + i * d + c);
+      if (p < 2) g = (g - from<T>(o.x[p] + i * d + c) * o.dot[p][i]) * o.norm[p][i];
+      g = g * from<T>(o.sl[p] + i * d + c);
+      for (int j = 0; j < CW; j++) { V e = CUT ? g * o.ok[i][j] : g; ft[j] += e * x[j]; w[j] += e * f[j]; }
+      ME::store(q, w[0]);
+      for (int j = 0; j < CW - 1; j++) w[j] = w[j + 1];
+      w[CW - 1] = V{};
+    }
+    for (int j = 0; j < CW; j++) {
+      to<T>(o.owed + (p * CW + j) * d + c, w[j]); double* s = sum + j * 3 * D() + col;
+      for (int i = 0; i < W; i += Simd<double>::W) st<double>(s + i, ld<double>(s + i) + ld<double>((const T*)&ft[j] + i));
+    }
+  }
   void load_back(Room& o, I b, I hd, I t0, I n, double* sum) const {
     for (int p = 0; p < 3; p++) {
-      const I col = p * D() + hd * d; T* g = o.dpre[p];  // rows 0 .. n-1 of this chunk, then CW-1 rows of the chunk after it
-      for (I j = 0; j < (CW - 1) * d; j++) g[n * d + j] = g[j];
-      for (I i = 0; i < n; i++) {
-        V dot = {}; T inv = 1;
-        if (p < 2) { for (I c = 0; c < d; c += W) dot += from<T>(o.dx[p] + i * d + c) * from<T>(o.x[p] + i * d + c); inv = o.norm[p][i]; }
-        T s = 0; for (int l = 0; l < W; l++) s += dot[l];
-        for (I c = 0; c < d; c += W) {
-          V x = from<T>(o.dx[p] + i * d + c), a = from<T>(o.pre[p] + i * d + c), sg = sigmoid(a);
-          if (p < 2) x = (x - from<T>(o.x[p] + i * d + c) * s) * inv;
-          to<T>(g + i * d + c, x * (sg + a * sg * (1 - sg)));
-        }
-      }
-      for (I c = 0; c < d; c += W) {
-        V ft[CW] = {}, f[CW]; for (int j = 0; j < CW; j++) f[j] = from<T>(taps + j * 3 * D() + col + c);
-        for (I i = 0; i < n; i++) {
-          V x = {}, own = from<T>(g + i * d + c);
-          for (int j = 0; j < CW; j++) {
-            T here = o.ok[i][j], there = i + j < n ? o.ok[i + j][j] : o.next[i + j - n][j];
-            ft[j] += own * here * from<T>(o.raw[p] + (i + CW - 1 - j) * d + c); x += from<T>(g + (i + j) * d + c) * there * f[j];
-          }
-          ME::store(dh + (b * N + t0 + i) * F + col + c, x);
-        }
-        for (int j = 0; j < CW; j++) for (int l = 0; l < W; l++) sum[j * 3 * D() + col + c + l] += ft[j][l];
-      }
+      if (p < 2) { zero(o); for (I i = 0; i < n; i++) for (I c = 0; c < d; c += W) o.rows[i] += from<T>(o.dx[p] + i * d + c) * from<T>(o.x[p] + i * d + c); each_sum(o, o.dot[p]); }
+      for (I c = 0; c < d; c += W) { const I col = p * D() + hd * d + c; o.cuts ? strip_back<true>(o, b, t0, n, p, col, c, sum) : strip_back<false>(o, b, t0, n, p, col, c, sum); }
     }
-    T keep[CW][CW]; for (I i = 0; i < CW; i++) for (int j = 0; j < CW; j++) keep[i][j] = i < n ? o.ok[i][j] : o.next[i - n][j];
-    std::memcpy(o.next, keep, sizeof keep);
   }
 '''
 
@@ -953,13 +1016,11 @@ CPP_ATTENTION_BACKWARD += r'''
       Room o; furnish(o); double* sum = sums + bk_thread() * (CW * 3 * D() + d);
       #pragma omp for schedule(static)
       for (I task = 0; task < B * H; task++) {
-        I b = task / H, hd = task % H;
-        std::fill(o.dS, o.dS + d * d, T(0)); for (int p = 0; p < 3; p++) std::fill(o.dpre[p], o.dpre[p] + (Q + CW) * d, T(0));
-        std::memset(o.next, 0, sizeof o.next);
+        I b = task / H, hd = task % H; std::fill(o.owed, o.owed + 3 * CW * d, T(0));
         for (I k = chunks() - 1; k >= 0; k--) {
-          I t0 = k * Q, n = std::min<I>(Q, N - t0); load(o, b, hd, t0, n, -Q);
-          std::copy(kept + (task * chunks() + k) * d * d, kept + (task * chunks() + k + 1) * d * d, o.S); chunk(o, n);
-          gate_back(o, b, hd, t0, n, sum); chunk_back(o); load_back(o, b, hd, t0, n, sum);
+          const I t0 = k * Q, n = std::min<I>(Q, N - t0); const bool have = k > 0, later = k < chunks() - 1; const T* S = kept + (task * chunks() + k) * d * d;
+          const M* soon = k ? at(task, t0 - Q) : at(task + 1, (chunks() - 1) * Q); load<true>(o, b, hd, t0, n, soon); chunk(o, n, S, have);
+          gate_back(o, b, hd, t0, n, sum, k ? -Q : 0); chunk_back(o, n, S, have, later); load_back(o, b, hd, t0, n, sum);
           for (I i = 0; i < n; i++) dla[(b * N + t0 + i) * H + hd] = o.da[i];
         }
       }
