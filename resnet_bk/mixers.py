@@ -215,42 +215,62 @@ CPP_MATH += r'''
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
-// 1/x to an ulp or two: the processor's estimate and a Newton step; the divider would take longer than all the rest of a row. Zero and infinity give NaN.
-static inline Lanes<float>::V rcp(Lanes<float>::V x) {
+#define EACH _Pragma("GCC unroll 8") for (int e = 0; e < K; e++)
+typedef Lanes<float>::V VF; typedef Lanes<double>::V VD; typedef Vec<int32_t, Lanes<float>::W>::V VJ;
 #if defined(__AVX512F__)
-  Lanes<float>::V r = (Lanes<float>::V)_mm512_rcp14_ps((__m512)x); return r + r * (1 - x * r);
+static inline VF at_least(VF a, VF x) { return (VF)_mm512_max_ps((__m512)a, (__m512)x); }   // max and min that let a NaN in x through
+static inline VF at_most(VF a, VF x) { return (VF)_mm512_min_ps((__m512)a, (__m512)x); }
+static inline VF estimate(VF x) { return (VF)_mm512_rcp14_ps((__m512)x); }
 #elif defined(__AVX__)
-  Lanes<float>::V r = (Lanes<float>::V)_mm256_rcp_ps((__m256)x); return r + r * (1 - x * r);
+static inline VF at_least(VF a, VF x) { return (VF)_mm256_max_ps((__m256)a, (__m256)x); }
+static inline VF at_most(VF a, VF x) { return (VF)_mm256_min_ps((__m256)a, (__m256)x); }
+static inline VF estimate(VF x) { return (VF)_mm256_rcp_ps((__m256)x); }
 #else
-  return 1 / x;
+static inline VF at_least(VF a, VF x) { return x < a ? a : x; }
+static inline VF at_most(VF a, VF x) { return x > a ? a : x; }
+static inline VF estimate(VF x) { return 1 / x; }
 #endif
-}
-static inline Lanes<double>::V rcp(Lanes<double>::V x) { return 1 / x; }
-template <> inline Complex<Lanes<float>::V> Complex<Lanes<float>::V>::recip() const { Lanes<float>::V s = rcp(re * re + im * im); return {re * s, -(im * s)}; }
+// 1/x: the processor's estimate (12 or 14 bits) and a Newton step; the divider would take longer than all the rest of a row. Zero and infinity give NaN.
+template <int K> static inline void rcps(VF* x) { VF r[K]; EACH r[e] = estimate(x[e]); EACH x[e] = 1 - x[e] * r[e]; EACH x[e] = r[e] + r[e] * x[e]; }
+template <int K> static inline void rcps(VD* x) { EACH x[e] = 1 / x[e]; }
+template <> inline Complex<VF> Complex<VF>::recip() const { VF s = re * re + im * im; rcps<1>(&s); return {re * s, -(im * s)}; }
 '''
 
 # %% ../nbs/02_mixers.ipynb #4d6edbad
 CPP_MATH += r'''
-static inline Lanes<float>::V vexp(Lanes<float>::V x) { // e^x to 1 ulp or two: 2^n times a polynomial (Cephes)
-  typedef Lanes<float>::V V; typedef Vec<int32_t, Lanes<float>::W>::V J;
-  x = x < -87.f ? V{} - 87.f : x; x = x > 88.f ? V{} + 88.f : x;
-  V t = x * 1.44269504088896341f + 12583039.f, n = t - 12583039.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;   // 1.5 * 2^23 + 127: the lowest bits of t are n + 127
-  V p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  return p * (V)((J)t << 23);
+template <int K> static inline void exps(VF* x) { // e^x in place, for |x| <= 88, to an ulp: 2^n times a polynomial on |r| <= ln 2 / 2
+  VF t[K], p[K];
+  EACH t[e] = x[e] * 1.44269504088896341f + 12583039.f;   // 1.5 * 2^23 + 127: the lowest bits of t are n + 127
+  EACH p[e] = t[e] - 12583039.f; EACH x[e] = x[e] - p[e] * 0.693359375f; EACH x[e] = x[e] + p[e] * 2.12194440e-4f;
+  EACH p[e] = x[e] * 1.3901523e-3f + 8.36374e-3f; EACH p[e] = p[e] * x[e] + .04166686f; EACH p[e] = p[e] * x[e] + .16666573f;
+  EACH p[e] = p[e] * x[e] + .5f; EACH p[e] = p[e] * x[e] + 1.f; EACH p[e] = p[e] * x[e] + 1.f; EACH x[e] = p[e] * (VF)((VJ)t[e] << 23);
 }
-static inline Lanes<double>::V vexp(Lanes<double>::V x) { for (int i = 0; i < Lanes<double>::W; i++) x[i] = std::exp(x[i]); return x; }
-template <class V> static inline V sigmoid(V x) { return rcp(1 + vexp(-x)); }
-static inline Lanes<float>::V log1pe(Lanes<float>::V y) { // log(1 + y) for y in [0, 1], as 2 artanh(y/(2+y))
-  typedef Lanes<float>::V V; V s = y * rcp(2 + y), q = s * s;
-  return 2 * s * (1 + q * (1.f/3 + q * (1.f/5 + q * (1.f/7 + q * (1.f/9 + q * (1.f/11 + q * (1.f/13)))))));
+template <int K> static inline void exps(VD* x) { EACH for (int i = 0; i < Lanes<double>::W; i++) x[e][i] = std::exp(x[e][i]); }
+static inline VF clamped(VF x) { return at_most(VF{} + 87.f, at_least(VF{} - 87.f, x)); }
+static inline VD clamped(VD x) { return x; }
+static inline VF vexp(VF x) { x = clamped(x); exps<1>(&x); return x; }
+static inline VD vexp(VD x) { exps<1>(&x); return x; }
+template <int K, class V> static inline void sigmoids(V* x) { EACH x[e] = -clamped(x[e]); exps<K>(x); EACH x[e] = 1 + x[e]; rcps<K>(x); }
+template <class V> static inline V sigmoid(V x) { sigmoids<1>(&x); return x; }
+'''
+
+# %% ../nbs/02_mixers.ipynb #c0029
+CPP_MATH += r'''
+template <int K> static inline void log1ps(VF* y) { // log(1 + y) in place, for y in [0, 1], to two ulps
+  VF p[K];
+  EACH p[e] = y[e] * .005232503f - .029504472f; EACH p[e] = p[e] * y[e] + .0782247f; EACH p[e] = p[e] * y[e] - .1366314f; EACH p[e] = p[e] * y[e] + .19105957f;
+  EACH p[e] = p[e] * y[e] - .2484297f; EACH p[e] = p[e] * y[e] + .33319095f; EACH p[e] = p[e] * y[e] - .49999493f; EACH p[e] = p[e] * y[e] + .99999994f; EACH y[e] = p[e] * y[e];
 }
-static inline Lanes<double>::V log1pe(Lanes<double>::V y) { for (int i = 0; i < Lanes<double>::W; i++) y[i] = std::log1p(y[i]); return y; }
-template <class V> static inline V softplus(V x, V* slope = nullptr) { // max(x, 0) + log(1 + e^-|x|); its slope is the sigmoid
-  V zero = {}, y = vexp(x > 0 ? -x : x);
-  if (slope) *slope = (x > 0 ? 1 + zero : y) * rcp(1 + y);
-  return (x < 0 ? zero : x) + log1pe(y);
+template <int K> static inline void log1ps(VD* y) { EACH for (int i = 0; i < Lanes<double>::W; i++) y[e][i] = std::log1p(y[e][i]); }
+static inline VF positive(VF x) { return at_most(VF{} + 1e18f, at_least(VF{}, x)); }        // its square must not overflow
+static inline VD positive(VD x) { return x < 0 ? VD{} : x; }
+template <int K, class V> static inline void softpluses(V* x, V* slope = nullptr) { // in place
+  V y[K], s[K], zero = {};
+  EACH y[e] = clamped(x[e] < 0 ? x[e] : -x[e]); exps<K>(y);
+  if (slope) { EACH s[e] = 1 + y[e]; rcps<K>(s); EACH slope[e] = (x[e] > 0 ? 1 + zero : y[e]) * s[e]; }
+  log1ps<K>(y); EACH x[e] = positive(x[e]) + y[e];
 }
+template <class V> static inline V softplus(V x) { softpluses<1>(&x); return x; }
 #ifdef _OPENMP
 extern "C" int omp_get_thread_num();
 static inline int bk_thread() { return omp_get_thread_num(); }
@@ -259,22 +279,23 @@ static inline int bk_thread() { return 0; }
 #endif
 '''
 
-# %% ../nbs/02_mixers.ipynb #c0029
+# %% ../nbs/02_mixers.ipynb #58db731c
 CPP_LAYER = r'''
-enum { ROWS = 32 };                                   // tokens per block
-struct Shape { I B, N, C, F; int nin, feat, act, threads; double vmax, eps; I blocks() const { return (N + ROWS - 1) / ROWS; } I P() const { return nin * C; } };
+enum { CW = 4 };                                      // width of the convolution
+struct Shape { I B, N, C, F; int nin, feat, act, threads; double vmax, eps; I P() const { return nin * C; } };
 // Everything between the two projections of BKMixer. h has columns u | w | v (those there are, nin of them) | gate, C each.
-template <class T, class M, int CW> struct Layer {
-  typedef typename Lanes<T>::V V; typedef Complex<V> Z; enum { W = Lanes<T>::W };
+template <class T, class M> struct Layer {
+  typedef typename Lanes<T>::V V; typedef Complex<V> Z; enum { W = Lanes<T>::W, ROWS = 4 * sizeof(T) };
   typedef T Buf[ROWS][W]; typedef Mem<T, M> ME; typedef Mem<T, T> MT;
   Shape s; int iw, iv;                                // which column block holds w and v; -1 = none
   const M *h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *bias, *E, *eta, *scale, *wt;
   M* out; T* rinv; double *ck, *g1; const double* g0;  // ck: states at the blocks, (B, blocks, 4, C) of T; g0, g1: first and last, (B, C, 4) doubles: g, y
   const M* dout; M* dh; double* sums;                 // sums: threads x (CW*nin + bias + scale + feat + E + eta) x C
-  I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; }
+  I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; } I blocks() const { return (s.N + ROWS - 1) / ROWS; }
 
-  struct Tile { I c; int n; V f[3][CW], bias, scale, e, eta; Z g, y; };
-  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], v, su, sw, gr, gi, yr, yi; T ok[ROWS][CW], bond[ROWS + 1]; };   // su, sw: slopes
+  struct Tile { I c; int n; V f[3][CW], before[3][CW - 1], bias, scale, e, eta; Z g, y; };   // before: the last rows, for the convolution
+  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], v, su, sw, gr, gi, yr, yi; };           // kept for the way back; su, sw: slopes
+  struct Cuts { T ok[ROWS][CW], bond[ROWS + 1]; };     // ok[t][j]: no cut between t-j and t; bond[t]: from t-1 to t
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0031
@@ -290,14 +311,14 @@ CPP_LAYER += r'''
   void close(const Tile& t, I b) const {
     for (int l = 0; l < t.n; l++) { double* q = g1 + (b * s.C + t.c + l) * 4; q[0] = t.g.re[l]; q[1] = t.g.im[l]; q[2] = t.y.re[l]; q[3] = t.y.im[l]; }
   }
-  T* kept(I b, I t0, I c) const { return (T*)ck + (b * s.blocks() + t0 / ROWS) * 4 * s.C + c; }
+  T* kept(I b, I t0, I c) const { return (T*)ck + (b * blocks() + t0 / ROWS) * 4 * s.C + c; }
   void save(const Tile& t, T* q) const { MT::st(q, t.g.re, t.n); MT::st(q + s.C, t.g.im, t.n); MT::st(q + 2 * s.C, t.y.re, t.n); MT::st(q + 3 * s.C, t.y.im, t.n); }
   void load(Tile& t, const T* q) const { t.g = {MT::ld(q, t.n), MT::ld(q + s.C, t.n)}; t.y = {MT::ld(q + 2 * s.C, t.n), MT::ld(q + 3 * s.C, t.n)}; }
-  void cuts(Block& k, I b, I t0, I t1) const {         // ok[t][j]: no cut between t-j and t; bond[t]: from t-1 to t
+  void cuts(Cuts& k, I b, I t0, I t1) const {
     const uint8_t* q = cut + b * s.N; int age = CW;
-    if (cut) for (I t = std::max<I>(0, t0 - CW + 1); t < t0; t++) age = q[t] ? 0 : age + 1;
-    for (I t = t0; t < t1; t++) { if (cut) age = q[t] ? 0 : age + 1; for (int j = 0; j < CW; j++) k.ok[t - t0][j] = j <= age; k.bond[t - t0] = cut && q[t] ? 0 : 1; }
-    k.bond[t1 - t0] = t1 < s.N && cut && q[t1] ? 0 : 1;
+    for (I t = std::max<I>(0, t0 - CW + 1); t < t0; t++) age = q[t] ? 0 : age + 1;
+    for (I t = t0; t < t1; t++) { age = q[t] ? 0 : age + 1; for (int j = 0; j < CW; j++) k.ok[t - t0][j] = j <= age; k.bond[t - t0] = q[t] ? 0 : 1; }
+    k.bond[t1 - t0] = t1 < s.N && q[t1] ? 0 : 1;
   }
 '''
 
@@ -307,49 +328,58 @@ CPP_LAYER += r'''
     if (t >= 0) return ME::ld(h + b * hb + t * hn + p * s.C + c, n);
     return past ? ME::ld(past + (b * (CW - 1) + t + CW - 1) * s.P() + p * s.C + c, n) : V{};
   }
-  struct Window { V x[CW]; };                         // x[j]: the row j before
-  template <bool BACK> void begin(Window& w, const Tile& t, Block& k, I b, I t0, int p) const {
-    for (int j = 1; j < CW; j++) { w.x[j - 1] = row(b, t0 - j, p, t.c, t.n); if (BACK) to<T>(k.raw[p][CW - 1 - j], w.x[j - 1]); }
+  template <bool BACK> void begin(Tile& t, Block& k, I b, I t0) const {
+    for (int p = 0; p < s.nin; p++) for (int j = 0; j < CW - 1; j++) { t.before[p][j] = row(b, t0 - (CW - 1) + j, p, t.c, t.n); if (BACK) to<T>(k.raw[p][j], t.before[p][j]); }
   }
-  template <bool BACK, bool CUT> V next(Window& w, const Tile& t, Block& k, I i, const M* q, int p) const {
-    for (int j = CW - 1; j > 0; j--) w.x[j] = w.x[j - 1];
-    w.x[0] = ME::ld(q + p * s.C, t.n); if (BACK) to<T>(k.raw[p][CW - 1 + i], w.x[0]);
-    V a = w.x[0] * t.f[p][0]; for (int j = 1; j < CW; j++) a += CUT ? w.x[j] * (t.f[p][j] * k.ok[i][j]) : w.x[j] * t.f[p][j];
-    return a;
+  template <bool BACK, bool CUT, int K> void conv(Tile& t, Block& k, const Cuts& cu, const M* q, I i, int p, V* out) const {   // q: row i of h, this tile
+    V x[K + CW - 1]; for (int j = 0; j < CW - 1; j++) x[j] = t.before[p][j];
+    EACH { x[CW - 1 + e] = ME::ld(q + e * hn + p * s.C, t.n); if (BACK) to<T>(k.raw[p][CW - 1 + i + e], x[CW - 1 + e]); }
+    EACH out[e] = x[CW - 1 + e] * t.f[p][0];
+    for (int j = 1; j < CW; j++) EACH out[e] += CUT ? x[CW - 1 + e - j] * (t.f[p][j] * cu.ok[i + e][j]) : x[CW - 1 + e - j] * t.f[p][j];
+    for (int j = 0; j < CW - 1; j++) t.before[p][j] = x[K + j];
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0035
 CPP_LAYER += r'''
-  // one block of rows of one tile; hands every pivot and mixed value to `emit`, leaves the last in the tile. BACK: keep inputs and slopes for the way back
-  template <bool BACK, bool CUT, class F> void sweep(Tile& t, Block& k, I b, I t0, I t1, const F& emit) const {
-    Window xu, xw, xv; const M* q = h + b * hb + t0 * hn + t.c;
-    begin<BACK>(xu, t, k, b, t0, 0); if (iw > 0) begin<BACK>(xw, t, k, b, t0, iw);
-    if (iv > 0) { begin<BACK>(xv, t, k, b, t0, iv); for (I i = 0; i < t1 - t0; i++) to<T>(k.v[i], T(s.vmax) * (2 * sigmoid(2 * next<BACK, CUT>(xv, t, k, i, q + i * hn, iv)) - 1)); }
-    Z g = t.g, y = t.y; const V base = -2 - t.e;
-    for (I i = 0; i < t1 - t0; i++, q += hn) {
-      const V bond = V{} + (CUT ? k.bond[i] : T(1)); V u = next<BACK, CUT>(xu, t, k, i, q, 0); Z a = {base, -t.eta};
-      if (BACK) to<T>(k.pre[0][i], u);
-      if (s.act) { V slope = sigmoid(u); u = u * slope; if (BACK) to<T>(k.su[i], slope); }
-      if (iw > 0) { V slope, w = softplus(next<BACK, CUT>(xw, t, k, i, q, iw) + t.bias, BACK ? &slope : nullptr); a.im -= w; if (BACK) to<T>(k.sw[i], slope); }
-      if (iv > 0) a.re += from<T>(k.v[i]);
-      g = pivot_step(a, CUT ? g * bond : g); y = mix_step(g, y, bond, u * t.scale);
-      emit(i, g, y);
+  static void soon(const M* p) { __builtin_prefetch((const char*)p, 0, 2); }
+  // K rows of P tiles; hands every pivot and mixed value to `emit`. BACK: keep inputs and slopes for the way back. `ahead`: how many tokens away the rows are that come after these
+  template <bool BACK, bool CUT, int P, int K, class F> void rows(Tile* t, Block* k, const Cuts& cu, const M* q, I i, I ahead, const F& emit) const {
+    if (ahead) EACH for (int p = 0; p < s.nin; p++) for (int x = 0; x < P; x++) soon(q + (e + ahead) * hn + p * s.C + x * W);
+    V u[P][K], a[P][K], v[P][K];
+    _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+      const M* qx = q + x * W; V slope[K];
+      conv<BACK, CUT, K>(t[x], k[x], cu, qx, i, 0, u[x]);
+      if (BACK) EACH to<T>(k[x].pre[0][i + e], u[x][e]);
+      if (s.act) { EACH slope[e] = u[x][e]; sigmoids<K>(slope); EACH { u[x][e] = u[x][e] * slope[e]; if (BACK) to<T>(k[x].su[i + e], slope[e]); } }
+      EACH { u[x][e] = u[x][e] * t[x].scale; a[x][e] = t[x].eta; v[x][e] = -2 - t[x].e; }
+      if (iw > 0) {
+        V w[K]; conv<BACK, CUT, K>(t[x], k[x], cu, qx, i, iw, w); EACH w[e] = w[e] + t[x].bias;
+        softpluses<K>(w, BACK ? slope : nullptr); EACH { a[x][e] += w[e]; if (BACK) to<T>(k[x].sw[i + e], slope[e]); }
+      }
+      if (iv > 0) {
+        V w[K]; conv<BACK, CUT, K>(t[x], k[x], cu, qx, i, iv, w); EACH w[e] = 2 * w[e]; sigmoids<K>(w);
+        EACH { w[e] = T(s.vmax) * (2 * w[e] - 1); v[x][e] += w[e]; if (BACK) to<T>(k[x].v[i + e], w[e]); }
+      }
     }
-    t.g = g; t.y = y;
+    EACH _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+      const V bond = V{} + (CUT ? cu.bond[i + e] : T(1));
+      t[x].g = pivot_step(Z{v[x][e], -a[x][e]}, CUT ? t[x].g * bond : t[x].g); t[x].y = mix_step(t[x].g, t[x].y, bond, u[x][e]);
+      emit(x, i + e, t[x].g, t[x].y);
+    }
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0037
 CPP_LAYER += r'''
   // y in place -> norm(y) * weight * silu(gate), for rows [t0, t1) of batch row b, given the sums of squares
-  void finish(I b, I t0, I t1, const T* ss) const {
+  void finish(I b, I t0, I t1, I ahead, const T* ss) const {
     const I D = s.feat * s.C;
     for (I t = t0; t < t1; t++) {
       T r = T(1) / std::sqrt(ss[t - t0] / D + T(s.eps)); if (rinv) rinv[b * s.N + t] = r;
       const M* gate = h + b * hb + t * hn + s.P(); M* o = out + (b * s.N + t) * D;
       for (I c = 0; c < s.C; c += W) {
-        int n = (int)std::min<I>(W, s.C - c); V z = ME::ld(gate + c, n), a = z * sigmoid(z) * r;
+        int n = (int)std::min<I>(W, s.C - c); if (ahead) soon(gate + ahead * hn + c); V z = ME::ld(gate + c, n), a = z * sigmoid(z) * r;
         if (s.feat == 1) ME::st(o + c, ME::ld(o + c, n) * MT::ld(wt + c, n) * a, n);
         else if (n == W) {
           V lo = Shuffle<W>::low(a, a), hi = Shuffle<W>::high(a, a);
@@ -359,49 +389,48 @@ CPP_LAYER += r'''
     }
   }
   static T hsum(V x) { T r = 0; for (int i = 0; i < W; i++) r += x[i]; return r; }
-  template <bool CUT> void forward(Tile& t, Block& k, I b, I t0, I t1, V* ss) const {
-    M* o = out + (b * s.N + t0) * s.feat * s.C + s.feat * t.c;
-    sweep<false, CUT>(t, k, b, t0, t1, [&](I i, Z, Z y) {
-      M* q = o + i * s.feat * s.C;
-      if (s.feat == 1) { ME::st(q, y.re, t.n); ss[i] += y.re * y.re; return; }
+  template <bool CUT, int P> void forward(Tile* t, const Cuts& cu, I b, I t0, I n, I ahead, V* ss) const {
+    M* o = out + (b * s.N + t0) * s.feat * s.C; const M* q = h + b * hb + t0 * hn + t[0].c; Block none[1];
+    auto emit = [&](int x, I i, Z, Z y) {
+      M* q = o + (i * s.C + t[x].c) * s.feat;
+      if (s.feat == 1) { ME::st(q, y.re, t[x].n); ss[i] += y.re * y.re; return; }
       ss[i] += y.re * y.re + y.im * y.im;
-      if (t.n == W) { ME::store(q, Shuffle<W>::low(y.re, y.im)); ME::store(q + W, Shuffle<W>::high(y.re, y.im)); }
-      else for (int l = 0; l < t.n; l++) { put(q + 2 * l, T(y.re[l])); put(q + 2 * l + 1, T(y.im[l])); }
-    });
+      if (t[x].n == W) { ME::store(q, Shuffle<W>::low(y.re, y.im)); ME::store(q + W, Shuffle<W>::high(y.re, y.im)); }
+      else for (int l = 0; l < t[x].n; l++) { put(q + 2 * l, T(y.re[l])); put(q + 2 * l + 1, T(y.im[l])); }
+    };
+    if (n == 4) rows<false, CUT, P, 4>(t, none, cu, q, 0, ahead, emit); else for (I i = 0; i < n; i++) rows<false, CUT, P, 1>(t, none, cu, q + i * hn, i, 0, emit);
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0039
 CPP_LAYER += r'''
-  static void soon(const M* p, I n) { for (I c = 0; c < n; c += 64 / sizeof(M)) __builtin_prefetch((const char*)(p + c), 0, 2); }   // n numbers into the second-level cache
   void forward() const {
     const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts;
     std::vector<T> all(parts > 1 ? parts * s.B * s.N : 0);
     #pragma omp parallel num_threads(s.threads)
     {
-      std::vector<Tile> tile(per); Block k; alignas(64) V ss[ROWS]; T sq[ROWS];
+      std::vector<Tile> tile(per); Cuts cu; Block none; alignas(64) V ss[4]; T sq[4];
       #pragma omp for schedule(static)
       for (I task = 0; task < s.B * parts; task++) {
         I b = task / parts, part = task % parts, first = part * per, count = std::min(per, tiles - first); if (count <= 0) continue;
-        for (I i = 0; i < count; i++) open(tile[i], b, (first + i) * W);
-        for (I t0 = 0; t0 < s.N; t0 += ROWS) {
-          I t1 = std::min<I>(s.N, t0 + ROWS), ahead = std::min<I>(s.N - t1, ROWS); std::fill(ss, ss + ROWS, V{}); cuts(k, b, t0, t1);
-          for (I i = 0; i < count; i++) {
-            if (ck) save(tile[i], kept(b, t0, tile[i].c));
-            for (I t = i * ahead / count; t < (i + 1) * ahead / count; t++) for (int p = 0; p <= s.nin; p++) soon(h + b * hb + (t1 + t) * hn + p * s.C + first * W, count * W);
-            cut ? forward<true>(tile[i], k, b, t0, t1, ss) : forward<false>(tile[i], k, b, t0, t1, ss);
+        for (I i = 0; i < count; i++) { open(tile[i], b, (first + i) * W); begin<false>(tile[i], none, b, 0); }
+        for (I t0 = 0; t0 < s.N; t0 += 4) {
+          const I n = std::min<I>(s.N - t0, 4), ahead = t0 + 8 <= s.N ? 4 : 0; std::fill(ss, ss + 4, V{}); if (cut) cuts(cu, b, t0, t0 + n);
+          for (I i = 0; i < count; i += 2) {
+            const I two = std::min<I>(2, count - i); Tile* t = &tile[i]; if (ck && t0 % ROWS == 0) for (I x = 0; x < two; x++) save(t[x], kept(b, t0, t[x].c));
+            if (two == 2) cut ? forward<true, 2>(t, cu, b, t0, n, ahead, ss) : forward<false, 2>(t, cu, b, t0, n, ahead, ss); else cut ? forward<true, 1>(t, cu, b, t0, n, ahead, ss) : forward<false, 1>(t, cu, b, t0, n, ahead, ss);
           }
-          for (I i = 0; i < t1 - t0; i++) sq[i] = hsum(ss[i]);
-          if (parts == 1) finish(b, t0, t1, sq); else std::copy(sq, sq + (t1 - t0), &all[(part * s.B + b) * s.N + t0]);
+          for (I i = 0; i < n; i++) sq[i] = hsum(ss[i]);
+          if (parts == 1) finish(b, t0, t0 + n, ahead, sq); else std::copy(sq, sq + n, &all[(part * s.B + b) * s.N + t0]);
         }
         if (g1) for (I i = 0; i < count; i++) close(tile[i], b);
       }
       if (parts > 1) {
         #pragma omp for schedule(static)
-        for (I q = 0; q < s.B * s.blocks(); q++) {
-          I b = q / s.blocks(), t0 = q % s.blocks() * ROWS, t1 = std::min<I>(s.N, t0 + ROWS);
+        for (I q = 0; q < s.B * ((s.N + 3) / 4); q++) {
+          I b = q / ((s.N + 3) / 4), t0 = q % ((s.N + 3) / 4) * 4, t1 = std::min<I>(s.N, t0 + 4);
           for (I t = t0; t < t1; t++) { sq[t - t0] = 0; for (I p = 0; p < parts; p++) if (p * per < tiles) sq[t - t0] += all[(p * s.B + b) * s.N + t]; }
-          finish(b, t0, t1, sq);
+          finish(b, t0, t1, 0, sq);
         }
       }
     }
@@ -416,7 +445,7 @@ CPP_LAYER_BACKWARD = r'''
     if (n == W) for (int i = 0; i < W; i += Simd<double>::W) st<double>(q + i, ld<double>(q + i) + ld<double>((const T*)&x + i)); else for (int i = 0; i < n; i++) q[i] += x[i];
   }
   // The convolution transposed: a row's gradient is complete once the rows after it have added their share
-  template <bool CUT> void conv_back(const Tile& t, Adj& a, const Block& k, I b, I t0, I n, int p, double* sum) const {
+  template <bool CUT> void conv_back(const Tile& t, Adj& a, const Block& k, const Cuts& cu, I b, I t0, I n, int p, double* sum) const {
     V x[CW], ft[CW] = {}, o[CW]; for (int j = 0; j < CW; j++) o[j] = a.D[p][j];
     for (int j = 0; j < CW - 1; j++) x[j + 1] = from<T>(k.raw[p][CW - 1 + n - 1 - j]);
     M* q = dh + (b * s.N + t0 + n - 1) * s.F + p * s.C + t.c;
@@ -424,7 +453,7 @@ CPP_LAYER_BACKWARD = r'''
       for (int j = 0; j < CW - 1; j++) x[j] = x[j + 1];
       x[CW - 1] = from<T>(k.raw[p][i]);
       V d = from<T>(k.pre[p][i]);
-      for (int j = 0; j < CW; j++) { V e = CUT ? d * k.ok[i][j] : d; ft[j] += e * x[j]; o[j] += e * t.f[p][j]; }
+      for (int j = 0; j < CW; j++) { V e = CUT ? d * cu.ok[i][j] : d; ft[j] += e * x[j]; o[j] += e * t.f[p][j]; }
       ME::st(q, o[0], t.n);
       for (int j = 0; j < CW - 1; j++) o[j] = o[j + 1];
       o[CW - 1] = V{};
@@ -435,37 +464,49 @@ CPP_LAYER_BACKWARD = r'''
 
 # %% ../nbs/02_mixers.ipynb #c0043
 CPP_LAYER_BACKWARD += r'''
-  template <bool CUT> void back(Tile& t, Adj& a, Block& k, I b, I t0, I t1, const T* m, double* sum) const {
-    const I n = t1 - t0, D = s.feat * s.C; load(t, kept(b, t0, t.c)); 
-    sweep<true, CUT>(t, k, b, t0, t1, [&](I i, Z g, Z y) { to<T>(k.gr[i], g.re); to<T>(k.gi[i], g.im); to<T>(k.yr[i], y.re); to<T>(k.yi[i], y.im); });
-    V sE = {}, sN = {}, sB = {}, sS = {}, sW0 = {}, sW1 = {}, w0, w1 = {}; Z P = a.P, L = a.L;
-    if (s.feat == 2 && t.n == W) { V p = from<T>(wt + 2 * t.c), q = from<T>(wt + 2 * t.c + W); w0 = Shuffle<W>::even(p, q); w1 = Shuffle<W>::odd(p, q); }
-    else if (s.feat == 2) { w0 = w1 = V{}; for (int i = 0; i < t.n; i++) { w0[i] = wt[2 * (t.c + i)]; w1[i] = wt[2 * (t.c + i) + 1]; } }
-    else w0 = MT::ld(wt + t.c, t.n);
-    for (I i = n - 1; i >= 0; i--) {
-      const I at = b * s.N + t0 + i; const T r = rinv[at], mean = m[i] / D; const M* q = dout + at * D + s.feat * t.c;
-      V d0, d1 = {};
+  struct Sum { V E, eta, bias, scale, w0, w1; };
+  template <bool CUT, int K> void rows_back(const Tile& t, Adj& a, Block& k, const Cuts& cu, I b, I t0, I i, const T* m, V w0, V w1, Sum& sum, I ahead) const {   // rows i .. i+K-1, the last first
+    if (ahead) EACH { const I at = b * s.N + t0 + i + e - ahead; soon(h + b * hb + (t0 + i + e - ahead) * hn + s.P() + t.c); for (int f = 0; f < s.feat; f++) { soon(dout + (at * s.C + t.c) * s.feat + f * W); soon(out + (at * s.C + t.c) * s.feat + f * W); } }
+    V gate[K]; EACH gate[e] = row(b, t0 + i + e, s.nin, t.c, t.n);
+    V sg[K]; EACH sg[e] = gate[e]; sigmoids<K>(sg);
+    _Pragma("GCC unroll 4") for (int e = K - 1; e >= 0; e--) {
+      const I j = i + e, at = b * s.N + t0 + j; const T r = rinv[at], mean = m[j] / (s.feat * s.C) * r; const M* q = dout + at * s.feat * s.C + s.feat * t.c;
+      V d0, d1 = {}, silu = gate[e] * sg[e];
       if (s.feat == 1) d0 = ME::ld(q, t.n);
       else if (t.n == W) { V x = ME::full(q), y = ME::full(q + W); d0 = Shuffle<W>::even(x, y); d1 = Shuffle<W>::odd(x, y); }
       else { d0 = V{}; for (int l = 0; l < t.n; l++) { d0[l] = one(q + 2 * l); d1[l] = one(q + 2 * l + 1); } }
-      V z = row(b, t0 + i, s.nin, t.c, t.n), sg = sigmoid(z), silu = z * sg;
-      V yr = from<T>(k.yr[i]), yi = from<T>(k.yi[i]), gr = from<T>(k.gr[i]), gi = from<T>(k.gi[i]);
-      V h0 = yr * r, h1 = yi * r, e0 = d0 * h0, e1 = d1 * h1;
-      sW0 += e0 * silu; sW1 += e1 * silu;
-      ME::st(dh + at * s.F + s.P() + t.c, (e0 * w0 + e1 * w1) * (sg + silu * (1 - sg)), t.n);
-      V y0 = (d0 * w0 * silu - h0 * mean) * r, y1 = s.feat == 2 ? (d1 * w1 * silu - h1 * mean) * r : V{};
-      const V bond = V{} + (CUT ? k.bond[i + 1] : T(1)); const Z gc = {gr, -gi}, yc = {yr, -yi};
-      P = mix_adjoint(gc, Z{y0, y1}, P, bond); L = pivot_adjoint(gc, CUT ? L * bond : L) - yc * P;   // the bond is 0 or 1, so t^2 = t
-      sE -= L.re; sN -= L.im;
-      V u = from<T>(k.pre[0][i]), x = P.re * t.scale;
-      if (s.act) { V su = from<T>(k.su[i]); u = u * su; x = x * (su + u * (1 - su)); }
-      sS += P.re * u; to<T>(k.pre[0][i], x);
-      if (iw > 0) { V dp = -L.im * from<T>(k.sw[i]); sB += dp; to<T>(k.pre[iw][i], dp); }
-      if (iv > 0) { V th = from<T>(k.v[i]) / T(s.vmax); to<T>(k.pre[iv][i], L.re * T(s.vmax) * (1 - th * th)); }
+      V yr = from<T>(k.yr[j]), yi = from<T>(k.yi[j]), gr = from<T>(k.gr[j]), gi = from<T>(k.gi[j]);
+      V h0 = yr * r, h1 = yi * r, e0 = d0 * h0, e1 = d1 * h1, sr = silu * r;
+      sum.w0 += e0 * silu; sum.w1 += e1 * silu;
+      ME::st(dh + at * s.F + s.P() + t.c, (e0 * w0 + e1 * w1) * (sg[e] + silu * (1 - sg[e])), t.n);
+      V y0 = d0 * w0 * sr - h0 * mean, y1 = s.feat == 2 ? d1 * w1 * sr - h1 * mean : V{};
+      const V bond = V{} + (CUT ? cu.bond[j + 1] : T(1)); const Z gc = {gr, -gi}, yc = {yr, -yi};
+      a.P = mix_adjoint(gc, Z{y0, y1}, a.P, bond); a.L = pivot_adjoint(gc, CUT ? a.L * bond : a.L) - yc * a.P;   // the bond is 0 or 1, so t^2 = t
+      sum.E -= a.L.re; sum.eta -= a.L.im;
+      V u = from<T>(k.pre[0][j]), x = a.P.re * t.scale;
+      if (s.act) { V su = from<T>(k.su[j]); u = u * su; x = x * (su + u * (1 - su)); }
+      sum.scale += a.P.re * u; to<T>(k.pre[0][j], x);
+      if (iw > 0) { V dp = -a.L.im * from<T>(k.sw[j]); sum.bias += dp; to<T>(k.pre[iw][j], dp); }
+      if (iv > 0) { V th = from<T>(k.v[j]) / T(s.vmax); to<T>(k.pre[iv][j], a.L.re * T(s.vmax) * (1 - th * th)); }
     }
-    a.P = P; a.L = L; for (int p = 0; p < s.nin; p++) conv_back<CUT>(t, a, k, b, t0, n, p, sum);
-    I at = CW * s.nin; add(sum, at, t.c, sB, t.n); add(sum, at + 1, t.c, sS, t.n); add(sum, at + 2, t.c, sE, t.n); add(sum, at + 3, t.c, sN, t.n);
-    add(sum, at + 4, t.c, sW0, t.n); if (s.feat == 2) add(sum, at + 5, t.c, sW1, t.n);
+  }
+  template <bool CUT, int P> void back(Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I t1, I ahead, const T* m, double* sum) const {
+    for (int x = 0; x < P; x++) { load(t[x], kept(b, t0, t[x].c)); begin<true>(t[x], k[x], b, t0); }
+    auto emit = [&](int x, I i, Z g, Z y) { to<T>(k[x].gr[i], g.re); to<T>(k[x].gi[i], g.im); to<T>(k[x].yr[i], y.re); to<T>(k[x].yi[i], y.im); };
+    const M* q = h + b * hb + t0 * hn + t[0].c; I j = 0;
+    for (; j + 4 <= t1 - t0; j += 4) rows<true, CUT, P, 4>(t, k, cu, q + j * hn, j, -ahead, emit);
+    for (; j < t1 - t0; j++) rows<true, CUT, P, 1>(t, k, cu, q + j * hn, j, 0, emit);
+    for (int x = 0; x < P; x++) {
+      const I c = t[x].c; const int n = t[x].n; V w0, w1 = {}; Sum z = {}; Adj own = a[x];
+      if (s.feat == 2 && n == W) { V p = from<T>(wt + 2 * c), q = from<T>(wt + 2 * c + W); w0 = Shuffle<W>::even(p, q); w1 = Shuffle<W>::odd(p, q); }
+      else if (s.feat == 2) { w0 = V{}; for (int i = 0; i < n; i++) { w0[i] = wt[2 * (c + i)]; w1[i] = wt[2 * (c + i) + 1]; } }
+      else w0 = MT::ld(wt + c, n);
+      I i = t1 - t0; for (; i % 4; i--) rows_back<CUT, 1>(t[x], own, k[x], cu, b, t0, i - 1, m, w0, w1, z, 0);
+      for (; i; i -= 4) rows_back<CUT, 4>(t[x], own, k[x], cu, b, t0, i - 4, m, w0, w1, z, ahead);
+      for (int p = 0; p < s.nin; p++) conv_back<CUT>(t[x], own, k[x], cu, b, t0, t1 - t0, p, sum);
+      a[x] = own; const I at = CW * s.nin; add(sum, at, c, z.bias, n); add(sum, at + 1, c, z.scale, n); add(sum, at + 2, c, z.E, n); add(sum, at + 3, c, z.eta, n);
+      add(sum, at + 4, c, z.w0, n); if (s.feat == 2) add(sum, at + 5, c, z.w1, n);
+    }
   }
 '''
 
@@ -481,23 +522,21 @@ CPP_LAYER_BACKWARD += r'''
       };
       if (parts > 1) {
         #pragma omp for schedule(static)
-        for (I q = 0; q < s.B * s.blocks(); q++) { I b = q / s.blocks(), t0 = q % s.blocks() * ROWS; dots(b, t0, std::min<I>(s.N, t0 + ROWS), &all[b * s.N + t0]); }
+        for (I q = 0; q < s.B * blocks(); q++) { I b = q / blocks(), t0 = q % blocks() * ROWS; dots(b, t0, std::min<I>(s.N, t0 + ROWS), &all[b * s.N + t0]); }
       }
-      std::vector<Tile> tile(per); std::vector<Adj> adj(per); Block k; T m[ROWS];
+      std::vector<Tile> tile(per); std::vector<Adj> adj(per); Block k[2]; Cuts cu; T m[ROWS];
       #pragma omp for schedule(static)
       for (I task = 0; task < s.B * parts; task++) {
         I b = task / parts, part = task % parts, first = part * per, count = std::min(per, tiles - first); if (count <= 0) continue;
         double* sum = sums + (parts == 1 ? bk_thread() : b * parts + part) * n_sums();
         for (I i = 0; i < count; i++) { open(tile[i], b, (first + i) * W); adj[i] = Adj(); }
-        for (I blk = s.blocks() - 1; blk >= 0; blk--) {
-          I t0 = blk * ROWS, t1 = std::min<I>(s.N, t0 + ROWS), behind = std::min<I>(t0, ROWS); cuts(k, b, t0, t1);
+        for (I blk = blocks() - 1; blk >= 0; blk--) {
+          I t0 = blk * ROWS, t1 = std::min<I>(s.N, t0 + ROWS), ahead = t0 ? ROWS : 0; if (cut) cuts(cu, b, t0, t1);
           if (parts == 1) dots(b, t0, t1, m); else std::copy(&all[b * s.N + t0], &all[b * s.N + t0] + (t1 - t0), m);
-          for (I i = 0; i < count; i++) {
-            for (I t = t0 - (i + 1) * behind / count; t < t0 - i * behind / count; t++) {
-              for (int p = 0; p <= s.nin; p++) soon(h + b * hb + t * hn + p * s.C + first * W, count * W);
-              soon(dout + (b * s.N + t) * D + s.feat * first * W, s.feat * count * W); if (parts == 1) soon(out + (b * s.N + t) * D, D);
-            }
-            cut ? back<true>(tile[i], adj[i], k, b, t0, t1, m, sum) : back<false>(tile[i], adj[i], k, b, t0, t1, m, sum);
+          for (I i = 0; i < count; i += 2) {
+            const I two = std::min<I>(2, count - i);
+            Tile* t = &tile[i]; Adj* a = &adj[i];
+            if (two == 2) cut ? back<true, 2>(t, a, k, cu, b, t0, t1, ahead, m, sum) : back<false, 2>(t, a, k, cu, b, t0, t1, ahead, m, sum); else cut ? back<true, 1>(t, a, k, cu, b, t0, t1, ahead, m, sum) : back<false, 1>(t, a, k, cu, b, t0, t1, ahead, m, sum);
           }
         }
       }
@@ -508,19 +547,18 @@ CPP_LAYER_BACKWARD += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0047
 CPP_LAYER_ENTRY = r'''
-// a: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, then the tensors in the order below
-template <class T, class M, int CW> int layer(const I* a, bool back) {
-  Layer<T, M, CW> l; l.s = {a[0], a[1], a[2], a[3], (int)a[4], (int)a[5], (int)a[6], (int)a[7], *(double*)a[12], *(double*)a[13]};
-  l.iw = a[8] ? 1 : -1; l.iv = a[9] ? 1 + (int)a[8] : -1; const I* q = a + 14;
+// a: B N C F nin features act threads has_w has_v type, pointers to v_max and eps, then the tensors in the order below
+template <class T, class M> int layer(const I* a, bool back) {
+  Layer<T, M> l; l.s = {a[0], a[1], a[2], a[3], (int)a[4], (int)a[5], (int)a[6], (int)a[7], *(double*)a[11], *(double*)a[12]};
+  l.iw = a[8] ? 1 : -1; l.iv = a[9] ? 1 + (int)a[8] : -1; const I* q = a + 13;
   l.h = (const M*)q[0]; l.hb = q[1]; l.hn = q[2]; l.past = (const M*)q[3]; l.cut = (const uint8_t*)q[4]; l.taps = (const T*)q[5]; l.bias = (const T*)q[6];
   l.E = (const T*)q[7]; l.eta = (const T*)q[8]; l.scale = (const T*)q[9]; l.wt = (const T*)q[10]; l.out = (M*)q[11]; l.rinv = (T*)q[12]; l.ck = (double*)q[13];
   l.g0 = (const double*)q[14]; l.g1 = (double*)q[15]; l.dout = (const M*)q[16]; l.dh = (M*)q[17]; l.sums = (double*)q[18];
   if (!l.s.B || !l.s.N) { return 0; }
   back ? l.backward() : l.forward(); return 0;
 }
-template <class T, class M> int layer_width(const I* a, bool b) { return a[10] == 4 ? layer<T, M, 4>(a, b) : layer<T, M, 1>(a, b); }
-extern "C" int bk_layer(const I* a) { return a[11] == 0 ? layer_width<float, float>(a, false) : a[11] == 1 ? layer_width<double, double>(a, false) : layer_width<float, bf16>(a, false); }
-extern "C" int bk_layer_backward(const I* a) { return a[11] == 0 ? layer_width<float, float>(a, true) : a[11] == 1 ? layer_width<double, double>(a, true) : layer_width<float, bf16>(a, true); }
+extern "C" int bk_layer(const I* a) { return a[10] == 0 ? layer<float, float>(a, false) : a[10] == 1 ? layer<double, double>(a, false) : layer<float, bf16>(a, false); }
+extern "C" int bk_layer_backward(const I* a) { return a[10] == 0 ? layer<float, float>(a, true) : a[10] == 1 ? layer<double, double>(a, true) : layer<float, bf16>(a, true); }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0049
@@ -532,7 +570,7 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 def _layer_call(name, h, taps, bias, v_max, eps, features, act, has_v, *tensors):
     W, P = taps.shape; C = h.shape[2] - P; nums = (ctypes.c_double*2)(v_max, eps); at = ctypes.addressof(nums)
     C = C if C else P; n_in = P//C
-    args = [h.shape[0], h.shape[1], C, h.shape[2], n_in, features, act, torch.get_num_threads(), bias is not None, has_v, W, _TYPES[h.dtype], at, at + 8,
+    args = [h.shape[0], h.shape[1], C, h.shape[2], n_in, features, act, torch.get_num_threads(), bias is not None, has_v, _TYPES[h.dtype], at, at + 8,
             h.data_ptr(), h.stride(0), h.stride(1), *(0 if t is None else t.data_ptr() for t in tensors)]
     getattr(LAYER.load(), name)((ctypes.c_int64*len(args))(*args))
 
@@ -608,7 +646,7 @@ BKMixer.fused = True                                    # False: the plain form,
 @patch
 def _fused(self:BKMixer, h, state, cut, return_state):
     P, C, f = self.n_in*self.channels, self.channels, torch.float64 if h.dtype == torch.float64 else torch.float32
-    taps = h.new_ones(1, P, dtype=f) if self.conv is None else self.conv.taps
+    taps = F.pad(h.new_ones(1, P, dtype=f), (0, 0, 0, 3)) if self.conv is None else self.conv.taps   # no convolution: 1, 0, 0, 0
     E, eta = self.spectrum.E, self.spectrum.log_eta.exp()
     ts = [t if t is None else t.to(f).contiguous() for t in (taps, self.absorb_bias if self.absorb else None, E, eta, self.scale, self.norm.weight)]
     rest = (self.v_max, self.norm.eps, self.features, self.conv is not None, self.potential == 'token')
@@ -789,22 +827,22 @@ template <class T> static inline typename Lanes<T>::V sums_of(const typename Lan
 
 # %% ../nbs/02_mixers.ipynb #c0074
 CPP_ATTENTION += r'''
-template <class T, class M, int CW> struct Attention {
-  typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64 };
+template <class T, class M> struct Attention {
+  typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64, CW = 4 };
   I B, N, H, d, F; int threads; double eps;
   const M *h; I hb, hn; const uint8_t* cut; const T *taps, *la, *wt; M* out; T *r, *kept, *end; const T* S0; const M* past;
   const M* dout; M* dh; T *dla; double* sums;         // sums: threads x (CW * 3D + d)
   I D() const { return H * d; } I chunks() const { return (N + Q - 1) / Q; }
   struct Room {
     alignas(64) V rows[Q]; T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay; bool cuts;
-    std::vector<T> mem; T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed, *dw;
+    std::vector<T> mem; T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed;
   };
   void furnish(Room& o) const {
-    const I c = Q * d, s = d * d; o.mem.assign(13 * c + 4 * s + 3 * Q * Q + 3 * CW * d + d + 64, T(0));
+    const I c = Q * d, s = d * d; o.mem.assign(13 * c + 4 * s + 3 * Q * Q + 3 * CW * d + 64, T(0));
     T* p = (T*)(((uintptr_t)o.mem.data() + 63) / 64 * 64); auto take = [&](I n) { T* q = p; p += n; return q; };
     for (int i = 0; i < 3; i++) { o.x[i] = take(c); o.sl[i] = take(c); o.dx[i] = take(c); }
     o.kt = take(c); o.Y = take(c); o.vt = take(c); o.dY = take(c); o.S = take(s); o.St = take(s); o.dS = take(s); o.dSt = take(s); o.P = take(Q * Q); o.E = take(Q * Q); o.dP = take(Q * Q);
-    o.owed = take(3 * CW * d); o.dw = take(d);
+    o.owed = take(3 * CW * d);
   }
   void each_sum(Room& o, T* to_) const { for (I i = 0; i < Q; i += W) to<T>(to_ + i, sums_of<T>(o.rows + i)); }   // of the vectors in `rows`
   void zero(Room& o) const { for (I i = 0; i < Q; i++) o.rows[i] = V{}; }
@@ -835,16 +873,20 @@ CPP_ATTENTION += r'''
 # %% ../nbs/02_mixers.ipynb #c0078
 CPP_ATTENTION += r'''
   V row(I b, I t, I col) const { return t >= 0 ? ME::full(h + b * hb + t * hn + col) : past ? ME::full(past + (b * (CW - 1) + t + CW - 1) * 3 * D() + col) : V{}; }
+  template <bool BACK, bool CUT, int K> void rows(Room& o, const M* q, I i, int p, I c, const V* f, V* before) const {
+    V x[K + CW - 1], a[K], sg[K]; for (int j = 0; j < CW - 1; j++) x[j] = before[j];
+    EACH x[CW - 1 + e] = ME::full(q + e * hn);
+    EACH a[e] = x[CW - 1 + e] * f[0]; for (int j = 1; j < CW; j++) EACH a[e] += CUT ? x[CW - 1 + e - j] * (f[j] * o.ok[i + e][j]) : x[CW - 1 + e - j] * f[j];
+    EACH sg[e] = a[e]; sigmoids<K>(sg); EACH a[e] = a[e] * sg[e];
+    EACH { to<T>(o.x[p] + (i + e) * d + c, a[e]); if (BACK) to<T>(o.sl[p] + (i + e) * d + c, sg[e] + a[e] * (1 - sg[e])); if (p < 2) o.rows[i + e] += a[e] * a[e]; }
+    for (int j = 0; j < CW - 1; j++) before[j] = x[K + j];
+  }
   template <bool BACK, bool CUT> void strip(Room& o, I b, I t0, I n, int p, I col, I c, const M* soon) const {
-    V f[CW], x[CW]; for (int j = 0; j < CW; j++) f[j] = from<T>(taps + j * 3 * D() + col);
-    for (int j = 1; j < CW; j++) x[j - 1] = row(b, t0 - j, col);
-    const M* q = h + b * hb + t0 * hn + col;
-    for (I i = 0; i < n; i++, q += hn, soon += hn) {
-      for (int j = CW - 1; j > 0; j--) x[j] = x[j - 1];
-      __builtin_prefetch((const char*)soon, 0, 2); x[0] = ME::full(q); V a = x[0] * f[0]; for (int j = 1; j < CW; j++) a += CUT ? x[j] * (f[j] * o.ok[i][j]) : x[j] * f[j];
-      V sg = sigmoid(a), y = a * sg; to<T>(o.x[p] + i * d + c, y); if (BACK) to<T>(o.sl[p] + i * d + c, sg + y * (1 - sg));
-      if (p < 2) o.rows[i] += y * y;
-    }
+    V f[CW], before[CW - 1]; for (int j = 0; j < CW; j++) f[j] = from<T>(taps + j * 3 * D() + col);
+    for (int j = 0; j < CW - 1; j++) before[j] = row(b, t0 - (CW - 1) + j, col);
+    const M* q = h + b * hb + t0 * hn + col; I i = 0;
+    for (; i + 4 <= n; i += 4) { for (I j = i; j < i + 4; j++) __builtin_prefetch((const char*)(soon + j * hn), 0, 2); rows<BACK, CUT, 4>(o, q + i * hn, i, p, c, f, before); }
+    for (; i < n; i++) rows<BACK, CUT, 1>(o, q + i * hn, i, p, c, f, before);
   }
   template <bool BACK> void load(Room& o, I b, I hd, I t0, I n, const M* soon) const {
     decays(o, b, hd, t0, n);
@@ -867,13 +909,14 @@ CPP_ATTENTION += r'''
   static void scale(T* out, const T* x, const T* by, I rows, I d) { for (I i = 0; i < rows; i++) { const V s = V{} + by[i]; for (I c = 0; c < d; c += W) to<T>(out + i * d + c, from<T>(x + i * d + c) * s); } }
   void chunk(Room& o, I n, const T* S, bool have) const {
     const I R = up(n, 4), RW = up(n, W); flip<T>(RW, d, o.x[1], o.kt, Q); mm<T>(LOWER, R, RW, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
-    for (I i = 0; i < R; i++) {
-      const V Ai = V{} + o.A[i], si = V{} + o.seg[i], zero = {}; const I last = up(i / 4 * 4 + 4, W);
-      for (I j = 0; j < last; j += W) {
-        V e = vexp(Ai - from<T>(o.A + j) + from<T>(o.a + j));
-        if (j + W > i) e = lanes(j) <= T(i) ? e : zero;
-        if (o.cuts) e = from<T>(o.seg + j) == si ? e : zero;
-        to<T>(o.E + i * Q + j, e); to<T>(o.P + i * Q + j, from<T>(o.P + i * Q + j) * e);
+    for (I i = 0; i < R; i += 4) for (I j = 0, last = up(i + 4, W); j < last; j += W) {
+      V x[4], zero = {}; const V base = from<T>(o.A + j) - from<T>(o.a + j), seg = from<T>(o.seg + j);
+      for (int e = 0; e < 4; e++) x[e] = clamped(o.A[i + e] - base);
+      exps<4>(x);
+      for (int e = 0; e < 4; e++) {
+        if (j + W > i) x[e] = lanes(j) <= T(i + e) ? x[e] : zero;
+        if (o.cuts) x[e] = seg == o.seg[i + e] ? x[e] : zero;
+        to<T>(o.E + (i + e) * Q + j, x[e]); to<T>(o.P + (i + e) * Q + j, from<T>(o.P + (i + e) * Q + j) * x[e]);
       }
     }
     if (have) { mm<T>(ALL, R, d, d, o.x[0], d, 1, S, d, o.Y, d, false); scale(o.Y, o.Y, o.into, R, d); }
@@ -891,12 +934,15 @@ CPP_ATTENTION += r'''
   void gate(Room& o, I b, I hd, I t0, I n, const M* soon) const {
     zero(o); for (I i = 0; i < n; i++) for (I c = 0; c < d; c += W) { V y = from<T>(o.Y + i * d + c); o.rows[i] += y * y; }
     each_sum(o, o.inv); for (I i = 0; i < Q; i++) o.inv[i] = 1 / std::sqrt(o.inv[i] / d + T(eps));
-    for (I i = 0; i < n; i++) {
-      const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d; M* y = out + (b * N + t0 + i) * D() + hd * d; if (r) r[(b * N + t0 + i) * H + hd] = o.inv[i];
-      for (I c = 0; c < d; c += W) {
-        __builtin_prefetch((const char*)(soon + i * hn + 3 * D() + c), 0, 2);
-        V g = ME::full(z + c); ME::store(y + c, from<T>(o.Y + i * d + c) * (from<T>(wt + c) * o.inv[i]) * (g * sigmoid(g)));
-      }
+    if (r) for (I i = 0; i < n; i++) r[(b * N + t0 + i) * H + hd] = o.inv[i];
+    const M* z = h + b * hb + t0 * hn + 3 * D() + hd * d; M* y = out + (b * N + t0) * D() + hd * d; I i = 0;
+    for (; i + 4 <= n; i += 4) { for (I j = i; j < i + 4; j++) for (I c = 0; c < d; c += W) __builtin_prefetch((const char*)(soon + j * hn + 3 * D() + c), 0, 2); gate_rows<4>(o, z + i * hn, y + i * D(), i); }
+    for (; i < n; i++) gate_rows<1>(o, z + i * hn, y + i * D(), i);
+  }
+  template <int K> void gate_rows(Room& o, const M* z, M* y, I i) const {
+    for (I c = 0; c < d; c += W) {
+      V g[K], sg[K]; EACH g[e] = sg[e] = ME::full(z + e * hn + c); sigmoids<K>(sg);
+      EACH ME::store(y + e * D() + c, from<T>(o.Y + (i + e) * d + c) * (from<T>(wt + c) * o.inv[i + e]) * (g[e] * sg[e]));
     }
   }
   void forward() const {
@@ -922,23 +968,28 @@ CPP_ATTENTION += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0084
 CPP_ATTENTION_BACKWARD = r'''
+  template <int K> void gate_rows_back(Room& o, I b, I hd, I t0, I i, I c, V& dw, I soon) const {
+    const I at = (b * N + t0 + i) * D() + hd * d + c; const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c; const V w = from<T>(wt + c);
+    V x[K], sg[K]; EACH x[e] = sg[e] = ME::full(z + e * hn); sigmoids<K>(sg);
+    EACH {
+      __builtin_prefetch((const char*)(dout + at + (e + soon) * D()), 0, 2); __builtin_prefetch((const char*)(out + at + (e + soon) * D()), 0, 2); __builtin_prefetch((const char*)(z + (e + soon) * hn), 0, 2);
+      const T inv = r[(b * N + t0 + i + e) * H + hd], m = o.inv[i + e] / d * inv;
+      V silu = x[e] * sg[e], y = from<T>(o.Y + (i + e) * d + c) * inv, gd = ME::full(dout + at + e * D()), ey = gd * y, gw = gd * w;
+      ME::store(dh + (b * N + t0 + i + e) * F + 3 * D() + hd * d + c, y * gw * (sg[e] + silu * (1 - sg[e])));
+      dw += ey * silu; to<T>(o.dY + (i + e) * d + c, gw * silu * inv - y * m);
+    }
+  }
   void gate_back(Room& o, I b, I hd, I t0, I n, double* sum, I soon) const {   // soon: how far away in memory, in tokens, the next chunk to be worked on is
     zero(o);
     for (I i = 0; i < n; i++) { const I at = (b * N + t0 + i) * D() + hd * d; for (I c = 0; c < d; c += W) o.rows[i] += ME::full(dout + at + c) * ME::full(out + at + c); }
     each_sum(o, o.inv);
-    for (I i = 0; i < n; i++) {
-      const I at = (b * N + t0 + i) * D() + hd * d; const M *g = dout + at, *z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d; M* dz = dh + (b * N + t0 + i) * F + 3 * D() + hd * d;
-      const T inv = r[(b * N + t0 + i) * H + hd], m = o.inv[i] / d;
-      for (I c = 0; c < d; c += W) {
-        __builtin_prefetch((const char*)(g + c + soon * D()), 0, 2); __builtin_prefetch((const char*)(out + at + c + soon * D()), 0, 2); __builtin_prefetch((const char*)(z + c + soon * hn), 0, 2);
-        V x = ME::full(z + c), sg = sigmoid(x), silu = x * sg, w = from<T>(wt + c), y = from<T>(o.Y + i * d + c) * inv, gd = ME::full(g + c), e = gd * y;
-        ME::store(dz + c, e * w * (sg + silu * (1 - sg)));
-        to<T>(o.dw + c, from<T>(o.dw + c) + e * silu);
-        to<T>(o.dY + i * d + c, (gd * w * silu - y * m) * inv);
-      }
+    for (I c = 0; c < d; c += W) {
+      V dw = {}; I i = 0;
+      for (; i + 4 <= n; i += 4) gate_rows_back<4>(o, b, hd, t0, i, c, dw, soon);
+      for (; i < n; i++) gate_rows_back<1>(o, b, hd, t0, i, c, dw, soon);
+      double* s = sum + 3 * CW * D() + c; for (int l = 0; l < W; l += Simd<double>::W) st<double>(s + l, ld<double>(s + l) + ld<double>((const T*)&dw + l));
     }
     for (I i = n * d; i < up(n, W) * d; i++) o.dY[i] = 0;
-    for (I c = 0; c < d; c++) { sum[3 * CW * D() + c] += o.dw[c]; o.dw[c] = 0; }
   }
 '''
 
@@ -1031,17 +1082,16 @@ CPP_ATTENTION_BACKWARD += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0089
 CPP_ATTENTION_ENTRY = r'''
-// a: B N H d F threads width type, pointer to eps, then the tensors in the order below
-template <class T, class M, int CW> int attention(const I* a, bool back) {
-  Attention<T, M, CW> l; l.B = a[0]; l.N = a[1]; l.H = a[2]; l.d = a[3]; l.F = a[4]; l.threads = a[5]; l.eps = *(double*)a[8]; const I* q = a + 9;
+// a: B N H d F threads type, pointer to eps, then the tensors in the order below
+template <class T, class M> int attention(const I* a, bool back) {
+  Attention<T, M> l; l.B = a[0]; l.N = a[1]; l.H = a[2]; l.d = a[3]; l.F = a[4]; l.threads = a[5]; l.eps = *(double*)a[7]; const I* q = a + 8;
   l.h = (const M*)q[0]; l.hb = q[1]; l.hn = q[2]; l.past = (const M*)q[3]; l.cut = (const uint8_t*)q[4]; l.taps = (const T*)q[5]; l.la = (const T*)q[6]; l.wt = (const T*)q[7];
   l.out = (M*)q[8]; l.r = (T*)q[9]; l.kept = (T*)q[10]; l.S0 = (const T*)q[11]; l.end = (T*)q[12]; l.dout = (const M*)q[13]; l.dh = (M*)q[14]; l.dla = (T*)q[15]; l.sums = (double*)q[16];
   if (l.B && l.N) back ? l.backward() : l.forward();
   return 0;
 }
-template <class T, class M> int attention_width(const I* a, bool b) { return a[6] == 4 ? attention<T, M, 4>(a, b) : attention<T, M, 1>(a, b); }
-extern "C" int bk_attention(const I* a) { return a[7] == 0 ? attention_width<float, float>(a, false) : a[7] == 1 ? attention_width<double, double>(a, false) : attention_width<float, bf16>(a, false); }
-extern "C" int bk_attention_backward(const I* a) { return a[7] == 0 ? attention_width<float, float>(a, true) : a[7] == 1 ? attention_width<double, double>(a, true) : attention_width<float, bf16>(a, true); }
+extern "C" int bk_attention(const I* a) { return a[6] == 0 ? attention<float, float>(a, false) : a[6] == 1 ? attention<double, double>(a, false) : attention<float, bf16>(a, false); }
+extern "C" int bk_attention_backward(const I* a) { return a[6] == 0 ? attention<float, float>(a, true) : a[6] == 1 ? attention<double, double>(a, true) : attention<float, bf16>(a, true); }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0090
@@ -1049,7 +1099,7 @@ ATTENTION = CppLibrary('bk_attention', CPP_LANES + CPP_MATH + CPP_ATTENTION + CP
 
 def _attention_call(name, h, taps, log_g, weight, eps, *tensors):
     B,N,F_ = h.shape; H = log_g.shape[2]; num = ctypes.c_double(eps)
-    args = [B, N, H, len(weight), F_, torch.get_num_threads(), len(taps), _TYPES[h.dtype], ctypes.addressof(num), h.data_ptr(), h.stride(0), h.stride(1), *(0 if t is None else t.data_ptr() for t in tensors)]
+    args = [B, N, H, len(weight), F_, torch.get_num_threads(), _TYPES[h.dtype], ctypes.addressof(num), h.data_ptr(), h.stride(0), h.stride(1), *(0 if t is None else t.data_ptr() for t in tensors)]
     getattr(ATTENTION.load(), name)((ctypes.c_int64*len(args))(*args))
 
 def _attend(h, past, cut, taps, log_g, weight, S, eps, keep=True):
@@ -1107,7 +1157,7 @@ BKAttention.fused = True                                # False: the plain form,
 @patch
 def _fused(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     f = torch.float64 if h.dtype == torch.float64 else torch.float32
-    taps = (h.new_ones(1, 3*self.d_model, dtype=f) if self.conv is None else self.conv.taps).to(f).contiguous(); log_g, weight = g.abs().log().contiguous(), self.norm.weight.to(f)
+    taps = (F.pad(h.new_ones(1, 3*self.d_model, dtype=f), (0, 0, 0, 3)) if self.conv is None else self.conv.taps).to(f).contiguous(); log_g, weight = g.abs().log().contiguous(), self.norm.weight.to(f)
     if h.stride(-1) != 1: h = h.contiguous()
     if cut is not None: cut = cut.contiguous()
     if torch.compiler.is_compiling() or h.device.type != 'cpu' and torch.is_grad_enabled(): return attention_op(h, cut, taps, log_g, weight, self.norm.eps)[0], None
