@@ -146,6 +146,7 @@ def forward(self:BKMixer,
     return_state:bool=False,
 ):                          # (B, N, D), with return_state also the new state
     if self.kind == 'diag' and (state is not None or return_state): raise ValueError("kind='diag' keeps no state; use kind='resolvent' to decode token by token")
+    if self._is_node(x, state, return_state): return self._node(x, cut)
     h = self.in_proj(x)
     y, state = (self._fused if self._can_fuse(h, state, return_state) else self._plain)(h, state, cut, return_state)
     y = self.out_proj(y)
@@ -177,12 +178,15 @@ def _parts(self:BKMixer, x):
     if parts: out['v'] = self.v_max*torch.tanh(parts[0]) if self.kind == 'resolvent' else parts[0]
     return out
 
-BKMixer._can_fuse = lambda *_: False                    # until the kernel is there
+BKMixer._can_fuse = BKMixer._is_node = lambda *_: False  # until the kernel is there
 BKMixer.extra_repr = lambda self: f'{self.kind}, {self.channels} chains' + ('' if self.causal else ', two-sided')
 
 # %% ../nbs/02_mixers.ipynb #c0026
 CPP_MATH = r'''
 #include <cmath>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
 template <class T> struct Lanes { enum { W = BYTES / sizeof(T) }; typedef typename Vec<T, W>::V V; };
 template <class T> static inline typename Lanes<T>::V from(const T* p) { return *(const typename Vec<T, Lanes<T>::W>::U*)p; }
@@ -207,14 +211,23 @@ template <class T, class M> struct Mem {
   static void st(M* p, V x, int n) { if (n == W) return store(p, x); for (int i = 0; i < n; i++) put(p + i, x[i]); }
   static V full(const T* p) { return from<T>(p); }  static void store(T* p, V x) { to<T>(p, x); }
   static V full(const bf16* p) { return from_(p); } static void store(bf16* p, V x) { to_(p, x); }
+  // past: a whole line goes to memory without being fetched first; `drain` when done
+  static void stream(M* p, V x, int n, bool past) {
+#if defined(__AVX512F__)
+    if (past && sizeof(M) == sizeof(T) && n == W && !((uintptr_t)p & 63)) return _mm512_stream_ps((float*)p, (__m512)x);
+#endif
+    st(p, x, n);
+  }
 };
+static inline void drain() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0027
 CPP_MATH += r'''
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 #define EACH _Pragma("GCC unroll 8") for (int e = 0; e < K; e++)
 typedef Lanes<float>::V VF; typedef Lanes<double>::V VD; typedef Vec<int32_t, Lanes<float>::W>::V VJ;
 #if defined(__AVX512F__)
@@ -273,9 +286,12 @@ template <int K, class V> static inline void softpluses(V* x, V* slope = nullptr
 template <class V> static inline V softplus(V x) { softpluses<1>(&x); return x; }
 #ifdef _OPENMP
 extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 static inline int bk_thread() { return omp_get_thread_num(); }
+static inline int bk_team() { return omp_get_num_threads(); }
 #else
 static inline int bk_thread() { return 0; }
+static inline int bk_team() { return 1; }
 #endif
 '''
 
@@ -372,81 +388,96 @@ CPP_LAYER += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0037
 CPP_LAYER += r'''
-  // y in place -> norm(y) * weight * silu(gate), for rows [t0, t1) of batch row b, given the sums of squares
-  void finish(I b, I t0, I t1, I ahead, const T* ss) const {
-    const I D = s.feat * s.C;
-    for (I t = t0; t < t1; t++) {
-      T r = T(1) / std::sqrt(ss[t - t0] / D + T(s.eps)); if (rinv) rinv[b * s.N + t] = r;
-      const M* gate = h + b * hb + t * hn + s.P(); M* o = out + (b * s.N + t) * D;
-      for (I c = 0; c < s.C; c += W) {
-        int n = (int)std::min<I>(W, s.C - c); if (ahead) soon(gate + ahead * hn + c); V z = ME::ld(gate + c, n), a = z * sigmoid(z) * r;
-        if (s.feat == 1) ME::st(o + c, ME::ld(o + c, n) * MT::ld(wt + c, n) * a, n);
-        else if (n == W) {
-          V lo = Shuffle<W>::low(a, a), hi = Shuffle<W>::high(a, a);
-          ME::store(o + 2 * c, ME::full(o + 2 * c) * from<T>(wt + 2 * c) * lo); ME::store(o + 2 * c + W, ME::full(o + 2 * c + W) * from<T>(wt + 2 * c + W) * hi);
-        } else for (int i = 0; i < 2 * n; i++) put(o + 2 * c + i, T(one(o + 2 * c + i) * wt[2 * c + i] * a[i / 2]));
+  enum { MEET = 64, FAR = 8 << 20 };
+  static T hsum(V x) { T r = 0; for (int i = 0; i < W; i++) r += x[i]; return r; }
+  struct Adj { Z P, L; V D[3][CW]; };                  // carried from right to left: P, L and what the convolution still owes the rows before
+  struct Part { I b, first, count; std::vector<Tile> tile; std::vector<Adj> adj; std::vector<V> y; T sum[MEET]; };   // some tiles of one row
+  bool far(I width) const { return s.B * s.N * width * (I)sizeof(M) > FAR; }
+  template <bool CUT, int P> void forward(Part& m, I x, const Cuts& cu, I t0, I at, I n, I ahead, V* ss) const {   // two tiles or one, four rows; y into the part's own memory
+    Tile* t = &m.tile[x]; const M* q = h + m.b * hb + t0 * hn + t->c; Block none[1]; V* o = &m.y[(at * m.count + x) * 2];
+    auto emit = [&](int x, I i, Z, Z y) { V* q = o + (i * m.count + x) * 2; q[0] = y.re; q[1] = y.im; ss[i] += s.feat == 2 ? y.re * y.re + y.im * y.im : y.re * y.re; };
+    if (n == 4) rows<false, CUT, P, 4>(t, none, cu, q, 0, ahead, emit); else for (I i = 0; i < n; i++) rows<false, CUT, P, 1>(t, none, cu, q + i * hn, i, 0, emit);
+  }
+  // y -> norm(y) * weight * silu(gate), for the rows [t0, t0 + n) of a part, given the sums of squares
+  void finish(const Part& m, I t0, I n, I ahead, const T* ss) const {
+    const I D = s.feat * s.C; const bool past = far(D);
+    for (I i = 0; i < n; i++) {
+      T r = T(1) / std::sqrt(ss[i] / D + T(s.eps)); if (rinv && !m.first) rinv[m.b * s.N + t0 + i] = r;
+      const M* gate = h + m.b * hb + (t0 + i) * hn + s.P(); M* o = out + (m.b * s.N + t0 + i) * D;
+      for (I x = 0; x < m.count; x++) {
+        const I c = m.tile[x].c; const int k = m.tile[x].n; if (ahead) soon(gate + ahead * hn + c);
+        V z = ME::ld(gate + c, k), a = z * sigmoid(z) * r, re = m.y[(i * m.count + x) * 2] * a, im = m.y[(i * m.count + x) * 2 + 1] * a;
+        if (s.feat == 1) ME::stream(o + c, re * MT::ld(wt + c, k), k, past);
+        else if (k == W) { ME::stream(o + 2 * c, Shuffle<W>::low(re, im) * from<T>(wt + 2 * c), W, past); ME::stream(o + 2 * c + W, Shuffle<W>::high(re, im) * from<T>(wt + 2 * c + W), W, past); }
+        else for (int l = 0; l < k; l++) { put(o + 2 * (c + l), T(re[l] * wt[2 * (c + l)])); put(o + 2 * (c + l) + 1, T(im[l] * wt[2 * (c + l) + 1])); }
       }
     }
-  }
-  static T hsum(V x) { T r = 0; for (int i = 0; i < W; i++) r += x[i]; return r; }
-  template <bool CUT, int P> void forward(Tile* t, const Cuts& cu, I b, I t0, I n, I ahead, V* ss) const {
-    M* o = out + (b * s.N + t0) * s.feat * s.C; const M* q = h + b * hb + t0 * hn + t[0].c; Block none[1];
-    auto emit = [&](int x, I i, Z, Z y) {
-      M* q = o + (i * s.C + t[x].c) * s.feat;
-      if (s.feat == 1) { ME::st(q, y.re, t[x].n); ss[i] += y.re * y.re; return; }
-      ss[i] += y.re * y.re + y.im * y.im;
-      if (t[x].n == W) { ME::store(q, Shuffle<W>::low(y.re, y.im)); ME::store(q + W, Shuffle<W>::high(y.re, y.im)); }
-      else for (int l = 0; l < t[x].n; l++) { put(q + 2 * l, T(y.re[l])); put(q + 2 * l + 1, T(y.im[l])); }
-    };
-    if (n == 4) rows<false, CUT, P, 4>(t, none, cu, q, 0, ahead, emit); else for (I i = 0; i < n; i++) rows<false, CUT, P, 1>(t, none, cu, q + i * hn, i, 0, emit);
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0039
 CPP_LAYER += r'''
-  void forward() const {
-    const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts;
-    std::vector<T> all(parts > 1 ? parts * s.B * s.N : 0);
-    #pragma omp parallel num_threads(s.threads)
+  I parts() const { const I tiles = (s.C + W - 1) / W; return s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B); }
+  template <class F> void share(const F& body) const {
+    const I tiles = (s.C + W - 1) / W, P = parts(), tasks = s.B * P;
+    #pragma omp parallel num_threads(std::min<I>(s.threads, tasks))
     {
-      std::vector<Tile> tile(per); Cuts cu; Block none; alignas(64) V ss[4]; T sq[4];
-      #pragma omp for schedule(static)
-      for (I task = 0; task < s.B * parts; task++) {
-        I b = task / parts, part = task % parts, first = part * per, count = std::min(per, tiles - first); if (count <= 0) continue;
-        for (I i = 0; i < count; i++) { open(tile[i], b, (first + i) * W); begin<false>(tile[i], none, b, 0); }
-        for (I t0 = 0; t0 < s.N; t0 += 4) {
-          const I n = std::min<I>(s.N - t0, 4), ahead = t0 + 8 <= s.N ? 4 : 0; std::fill(ss, ss + 4, V{}); if (cut) cuts(cu, b, t0, t0 + n);
-          for (I i = 0; i < count; i += 2) {
-            const I two = std::min<I>(2, count - i); Tile* t = &tile[i]; if (ck && t0 % ROWS == 0) for (I x = 0; x < two; x++) save(t[x], kept(b, t0, t[x].c));
-            if (two == 2) cut ? forward<true, 2>(t, cu, b, t0, n, ahead, ss) : forward<false, 2>(t, cu, b, t0, n, ahead, ss); else cut ? forward<true, 1>(t, cu, b, t0, n, ahead, ss) : forward<false, 1>(t, cu, b, t0, n, ahead, ss);
-          }
-          for (I i = 0; i < n; i++) sq[i] = hsum(ss[i]);
-          if (parts == 1) finish(b, t0, t0 + n, ahead, sq); else std::copy(sq, sq + n, &all[(part * s.B + b) * s.N + t0]);
+      const I own = bk_thread(), team = bk_team(); std::vector<Part> mine(P == 1 ? 1 : (tasks - own + team - 1) / team);
+      for (I r = P == 1 ? own * tasks / team : 0, end = P == 1 ? (own + 1) * tasks / team : 1; r < end; r++) {
+        for (size_t k = 0; k < mine.size(); k++) {
+          Part& m = mine[k]; const I task = P == 1 ? r : own + k * team; m.b = task / P; m.first = task % P * tiles / P; m.count = (task % P + 1) * tiles / P - m.first;
+          m.tile.resize(m.count); for (I i = 0; i < m.count; i++) open(m.tile[i], m.b, (m.first + i) * W);
         }
-        if (g1) for (I i = 0; i < count; i++) close(tile[i], b);
+        body(mine);
       }
-      if (parts > 1) {
-        #pragma omp for schedule(static)
-        for (I q = 0; q < s.B * ((s.N + 3) / 4); q++) {
-          I b = q / ((s.N + 3) / 4), t0 = q % ((s.N + 3) / 4) * 4, t1 = std::min<I>(s.N, t0 + 4);
-          for (I t = t0; t < t1; t++) { sq[t - t0] = 0; for (I p = 0; p < parts; p++) if (p * per < tiles) sq[t - t0] += all[(p * s.B + b) * s.N + t]; }
-          finish(b, t0, t1, 0, sq);
-        }
-      }
+      drain();
     }
+  }
+  // sums over a row's parts of what each has in `sum`, for n rows from t0
+  void meet(std::vector<Part>& mine, std::vector<T>& all, I t0, I n) const {
+    const I P = parts(), tiles = (s.C + W - 1) / W; if (P == 1) return;
+    auto slot = [&](I b, I part) { return &all[((b * P + part) * 2 + t0 / MEET % 2) * MEET]; };   // two in turn: nobody overwrites what another still reads
+    for (Part& m : mine) { I part = 0; while (part * tiles / P != m.first) part++; std::copy(m.sum, m.sum + n, slot(m.b, part)); }
+    #pragma omp barrier
+    for (Part& m : mine) for (I i = 0; i < n; i++) { m.sum[i] = 0; for (I p = 0; p < P; p++) m.sum[i] += slot(m.b, p)[i]; }
+  }
+'''
+
+# %% ../nbs/02_mixers.ipynb #7485bf31
+CPP_LAYER += r'''
+  void forward() const {
+    const I step = parts() == 1 ? 4 : (I)MEET; std::vector<T> all(s.B * parts() * 2 * MEET);
+    share([&](std::vector<Part>& mine) {
+      Cuts cu; Block none; alignas(64) V ss[4];
+      for (Part& m : mine) { m.y.resize(step * m.count * 2); for (Tile& t : m.tile) begin<false>(t, none, m.b, 0); }
+      for (I t0 = 0; t0 < s.N; t0 += step) {
+        const I n = std::min<I>(s.N - t0, step), later = t0 + 2 * step <= s.N ? step : 0;
+        for (Part& m : mine) for (I r = 0; r < n; r += 4) {
+          const I k = std::min<I>(n - r, 4), ahead = t0 + r + 8 <= s.N ? 4 : 0; std::fill(ss, ss + 4, V{}); if (cut) cuts(cu, m.b, t0 + r, t0 + r + k);
+          for (I x = 0; x < m.count; x += 2) {
+            const I two = std::min<I>(2, m.count - x); if (ck && (t0 + r) % ROWS == 0) for (I y = x; y < x + two; y++) save(m.tile[y], kept(m.b, t0 + r, m.tile[y].c));
+            if (two == 2) cut ? forward<true, 2>(m, x, cu, t0 + r, r, k, ahead, ss) : forward<false, 2>(m, x, cu, t0 + r, r, k, ahead, ss);
+            else cut ? forward<true, 1>(m, x, cu, t0 + r, r, k, ahead, ss) : forward<false, 1>(m, x, cu, t0 + r, r, k, ahead, ss);
+          }
+          for (I i = 0; i < k; i++) m.sum[r + i] = hsum(ss[i]);
+        }
+        meet(mine, all, t0, n);
+        for (Part& m : mine) finish(m, t0, n, later, m.sum);
+      }
+      if (g1) for (Part& m : mine) for (Tile& t : m.tile) close(t, m.b);
+    });
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0041
 CPP_LAYER_BACKWARD = r'''
-  struct Adj { Z P, L; V D[3][CW]; };                  // carried from right to left: P, L and what the convolution still owes the rows before
   void add(double* sum, I at, I c, V x, int n) const {
     double* q = sum + at * s.C + c;
     if (n == W) for (int i = 0; i < W; i += Simd<double>::W) st<double>(q + i, ld<double>(q + i) + ld<double>((const T*)&x + i)); else for (int i = 0; i < n; i++) q[i] += x[i];
   }
   // The convolution transposed: a row's gradient is complete once the rows after it have added their share
   template <bool CUT> void conv_back(const Tile& t, Adj& a, const Block& k, const Cuts& cu, I b, I t0, I n, int p, double* sum) const {
-    V x[CW], ft[CW] = {}, o[CW]; for (int j = 0; j < CW; j++) o[j] = a.D[p][j];
+    const bool past = far(s.F); V x[CW], ft[CW] = {}, o[CW]; for (int j = 0; j < CW; j++) o[j] = a.D[p][j];
     for (int j = 0; j < CW - 1; j++) x[j + 1] = from<T>(k.raw[p][CW - 1 + n - 1 - j]);
     M* q = dh + (b * s.N + t0 + n - 1) * s.F + p * s.C + t.c;
     for (I i = n - 1; i >= 0; i--, q -= s.F) {
@@ -454,7 +485,7 @@ CPP_LAYER_BACKWARD = r'''
       x[CW - 1] = from<T>(k.raw[p][i]);
       V d = from<T>(k.pre[p][i]);
       for (int j = 0; j < CW; j++) { V e = CUT ? d * cu.ok[i][j] : d; ft[j] += e * x[j]; o[j] += e * t.f[p][j]; }
-      ME::st(q, o[0], t.n);
+      ME::stream(q, o[0], t.n, past);
       for (int j = 0; j < CW - 1; j++) o[j] = o[j + 1];
       o[CW - 1] = V{};
     }
@@ -467,7 +498,7 @@ CPP_LAYER_BACKWARD += r'''
   struct Sum { V E, eta, bias, scale, w0, w1; };
   template <bool CUT, int K> void rows_back(const Tile& t, Adj& a, Block& k, const Cuts& cu, I b, I t0, I i, const T* m, V w0, V w1, Sum& sum, I ahead) const {   // rows i .. i+K-1, the last first
     if (ahead) EACH { const I at = b * s.N + t0 + i + e - ahead; soon(h + b * hb + (t0 + i + e - ahead) * hn + s.P() + t.c); for (int f = 0; f < s.feat; f++) { soon(dout + (at * s.C + t.c) * s.feat + f * W); soon(out + (at * s.C + t.c) * s.feat + f * W); } }
-    V gate[K]; EACH gate[e] = row(b, t0 + i + e, s.nin, t.c, t.n);
+    const bool past = far(s.F); V gate[K]; EACH gate[e] = row(b, t0 + i + e, s.nin, t.c, t.n);
     V sg[K]; EACH sg[e] = gate[e]; sigmoids<K>(sg);
     _Pragma("GCC unroll 4") for (int e = K - 1; e >= 0; e--) {
       const I j = i + e, at = b * s.N + t0 + j; const T r = rinv[at], mean = m[j] / (s.feat * s.C) * r; const M* q = dout + at * s.feat * s.C + s.feat * t.c;
@@ -478,7 +509,7 @@ CPP_LAYER_BACKWARD += r'''
       V yr = from<T>(k.yr[j]), yi = from<T>(k.yi[j]), gr = from<T>(k.gr[j]), gi = from<T>(k.gi[j]);
       V h0 = yr * r, h1 = yi * r, e0 = d0 * h0, e1 = d1 * h1, sr = silu * r;
       sum.w0 += e0 * silu; sum.w1 += e1 * silu;
-      ME::st(dh + at * s.F + s.P() + t.c, (e0 * w0 + e1 * w1) * (sg[e] + silu * (1 - sg[e])), t.n);
+      ME::stream(dh + at * s.F + s.P() + t.c, (e0 * w0 + e1 * w1) * (sg[e] + silu * (1 - sg[e])), t.n, past);
       V y0 = d0 * w0 * sr - h0 * mean, y1 = s.feat == 2 ? d1 * w1 * sr - h1 * mean : V{};
       const V bond = V{} + (CUT ? cu.bond[j + 1] : T(1)); const Z gc = {gr, -gi}, yc = {yr, -yi};
       a.P = mix_adjoint(gc, Z{y0, y1}, a.P, bond); a.L = pivot_adjoint(gc, CUT ? a.L * bond : a.L) - yc * a.P;   // the bond is 0 or 1, so t^2 = t
@@ -513,34 +544,28 @@ CPP_LAYER_BACKWARD += r'''
 # %% ../nbs/02_mixers.ipynb #c0045
 CPP_LAYER_BACKWARD += r'''
   void backward() const {
-    const I tiles = (s.C + W - 1) / W, parts = s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B), per = (tiles + parts - 1) / parts, D = s.feat * s.C;
-    std::vector<T> all(parts > 1 ? s.B * s.N : 0);
-    #pragma omp parallel num_threads(s.threads)
-    {
-      auto dots = [&](I b, I t0, I t1, T* m) {         // sum of dout * out: all the norm's backward needs from the other channels
-        for (I t = t0; t < t1; t++) { const M *p = dout + (b * s.N + t) * D, *q = out + (b * s.N + t) * D; V x = {}; for (I c = 0; c < D; c += W) { int n = (int)std::min<I>(W, D - c); x += ME::ld(p + c, n) * ME::ld(q + c, n); } m[t - t0] = hsum(x); }
-      };
-      if (parts > 1) {
-        #pragma omp for schedule(static)
-        for (I q = 0; q < s.B * blocks(); q++) { I b = q / blocks(), t0 = q % blocks() * ROWS; dots(b, t0, std::min<I>(s.N, t0 + ROWS), &all[b * s.N + t0]); }
-      }
-      std::vector<Tile> tile(per); std::vector<Adj> adj(per); Block k[2]; Cuts cu; T m[ROWS];
-      #pragma omp for schedule(static)
-      for (I task = 0; task < s.B * parts; task++) {
-        I b = task / parts, part = task % parts, first = part * per, count = std::min(per, tiles - first); if (count <= 0) continue;
-        double* sum = sums + (parts == 1 ? bk_thread() : b * parts + part) * n_sums();
-        for (I i = 0; i < count; i++) { open(tile[i], b, (first + i) * W); adj[i] = Adj(); }
-        for (I blk = blocks() - 1; blk >= 0; blk--) {
-          I t0 = blk * ROWS, t1 = std::min<I>(s.N, t0 + ROWS), ahead = t0 ? ROWS : 0; if (cut) cuts(cu, b, t0, t1);
-          if (parts == 1) dots(b, t0, t1, m); else std::copy(&all[b * s.N + t0], &all[b * s.N + t0] + (t1 - t0), m);
-          for (I i = 0; i < count; i += 2) {
-            const I two = std::min<I>(2, count - i);
-            Tile* t = &tile[i]; Adj* a = &adj[i];
-            if (two == 2) cut ? back<true, 2>(t, a, k, cu, b, t0, t1, ahead, m, sum) : back<false, 2>(t, a, k, cu, b, t0, t1, ahead, m, sum); else cut ? back<true, 1>(t, a, k, cu, b, t0, t1, ahead, m, sum) : back<false, 1>(t, a, k, cu, b, t0, t1, ahead, m, sum);
+    const I group = parts() == 1 ? (I)ROWS : (I)MEET, D = s.feat * s.C; std::vector<T> all(s.B * parts() * 2 * MEET);
+    share([&](std::vector<Part>& mine) {
+      Block k[2]; Cuts cu; for (Part& m : mine) m.adj.assign(m.count, Adj());
+      for (I g = (s.N - 1) / group * group; g >= 0; g -= group) {
+        const I g1 = std::min<I>(s.N, g + group);
+        for (Part& m : mine) for (I t = g; t < g1; t++) {
+          const M *p = dout + (m.b * s.N + t) * D, *q = out + (m.b * s.N + t) * D; V x = {};
+          for (I c = s.feat * m.first * W, end = std::min<I>(D, s.feat * (m.first + m.count) * W); c < end; c += W) { int n = (int)std::min<I>(W, end - c); x += ME::ld(p + c, n) * ME::ld(q + c, n); }
+          m.sum[t - g] = hsum(x);
+        }
+        meet(mine, all, g, g1 - g);
+        for (Part& m : mine) for (I t0 = (g1 - 1) / ROWS * ROWS; t0 >= g; t0 -= ROWS) {
+          const I t1 = std::min<I>(s.N, t0 + ROWS), ahead = t0 ? ROWS : 0; if (cut) cuts(cu, m.b, t0, t1);
+          double* sum = sums + bk_thread() * n_sums();
+          for (I x = 0; x < m.count; x += 2) {
+            Tile* t = &m.tile[x]; Adj* a = &m.adj[x]; const T* mean = m.sum + (t0 - g);
+            if (x + 1 < m.count) cut ? back<true, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum) : back<false, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum);
+            else cut ? back<true, 1>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum) : back<false, 1>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum);
           }
         }
       }
-    }
+    });
   }
 };
 '''
@@ -586,7 +611,7 @@ def _layer_forward(h, cut, taps, bias, E, eta, scale, weight, *rest): return _la
 
 def _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
     B,T = h.shape[0], torch.get_num_threads(); C = len(scale); n = taps.numel()//C + 4 + features
-    dh, sums = torch.zeros_like(h, memory_format=torch.contiguous_format) if h.numel() == 0 else h.new_empty(h.shape), h.new_zeros(T if B >= T else B*(-(-T//max(B, 1))), n, C, dtype=torch.float64)
+    dh, sums = torch.zeros_like(h, memory_format=torch.contiguous_format) if h.numel() == 0 else h.new_empty(h.shape), h.new_zeros(T, n, C, dtype=torch.float64)
     _layer_call('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g.contiguous(), dh, sums)
     return dh, sums.sum(0).to(scale.dtype)
 
@@ -614,23 +639,12 @@ def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, fe
 # %% ../nbs/02_mixers.ipynb #c0051
 def _layer_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:8], *output); ctx.rest = inputs[8:]
 
-def _layer_grads(ctx, g, back):
+def _layer_grads(ctx, g):
     h, cut, taps, bias, E, eta, scale, weight, out, r, kept = ctx.saved_tensors
-    dh, s = back(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *ctx.rest); W, P = taps.shape; n = taps.numel()//len(scale)
+    dh, s = layer_backward_op(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *ctx.rest); W, P = taps.shape; n = taps.numel()//len(scale)
     return (dh, None, s[:n].reshape(W, P), None if bias is None else s[n], s[n+2], s[n+3], s[n+1], s[n+4:].T.reshape(-1), *(None,)*5)
 
-def _eager(name, op, forward, backward, setup, grads):
-    "The custom op's derivative, and an `autograd.Function` of the same kernels without a dispatcher in between."
-    torch.library.register_autograd(f'resnet_bk::{name}', lambda ctx, g, *_: grads(ctx, g, op), setup_context=setup)
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs): output = forward(*inputs); setup(ctx, inputs, output); return output[0]
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g): return grads(ctx, g, backward)
-    return Eager.apply
-
-_layer_eager = _eager('layer', layer_backward_op, _layer_forward, _layer_backward, _layer_setup, _layer_grads)
+torch.library.register_autograd('resnet_bk::layer', lambda ctx, g, *_: _layer_grads(ctx, g), setup_context=_layer_setup)
 
 # %% ../nbs/02_mixers.ipynb #c0053
 @torch.compiler.assume_constant_result
@@ -643,22 +657,74 @@ def _can_fuse(self:BKMixer, h, state, return_state):
             and _layer_threads() > 0 and (h.shape[1] < 2048 or h.shape[0]*self.channels >= 16*_layer_threads()))
 BKMixer.fused = True                                    # False: the plain form, always
 
+def _real(t): return torch.float64 if t == torch.float64 else torch.float32     # type of the arithmetic on data of type t
+
+def _taps(conv, n, like, t): # no convolution: 1, 0, 0, 0
+    return (F.pad(like.new_ones(1, n), (0, 0, 0, 3)) if conv is None else conv.taps).to(t).contiguous()
+
+@patch
+def _inner(self:BKMixer, t): # what the kernel needs besides h: parameters (η as its logarithm) and numbers
+    f = _real(t); ps = (self.absorb_bias if self.absorb else None, self.spectrum.E, self.spectrum.log_eta, self.scale, self.norm.weight)
+    return ([_taps(self.conv, self.n_in*self.channels, self.scale, f), *(p if p is None else p.to(f).contiguous() for p in ps)],
+            (self.v_max, self.norm.eps, self.features, self.conv is not None, self.potential == 'token'))
+
 @patch
 def _fused(self:BKMixer, h, state, cut, return_state):
-    P, C, f = self.n_in*self.channels, self.channels, torch.float64 if h.dtype == torch.float64 else torch.float32
-    taps = F.pad(h.new_ones(1, P, dtype=f), (0, 0, 0, 3)) if self.conv is None else self.conv.taps   # no convolution: 1, 0, 0, 0
-    E, eta = self.spectrum.E, self.spectrum.log_eta.exp()
-    ts = [t if t is None else t.to(f).contiguous() for t in (taps, self.absorb_bias if self.absorb else None, E, eta, self.scale, self.norm.weight)]
-    rest = (self.v_max, self.norm.eps, self.features, self.conv is not None, self.potential == 'token')
+    P, f, (ts, rest) = self.n_in*self.channels, _real(h.dtype), self._inner(h.dtype)
+    ts[3] = ts[3].exp()
     if h.stride(-1) != 1: h = h.contiguous()
     if cut is not None: cut = cut.contiguous()
-    if torch.compiler.is_compiling() or h.device.type != 'cpu' and torch.is_grad_enabled(): return layer_op(h, cut, *ts, *rest)[0], None
-    if torch.is_grad_enabled(): return _layer_eager(h, cut, *ts, *rest), None
+    if torch.compiler.is_compiling() or torch.is_grad_enabled(): return layer_op(h, cut, *ts, *rest)[0], None
     past, g0 = (None, None) if state is None else (state[0], torch.cat([torch.view_as_real(s) for s in state[1]], -1).double().contiguous())
     y, _, _, end = _layer(h, None if past is None else past.to(h).contiguous(), cut, *ts, g0, *rest, keep=False)
     if not return_state: return y, None
     end = (end if h.shape[1] or g0 is None else g0).to(f)
     return y, (None if self.conv is None else self.conv.tail(h[...,:P], past, cut), tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
+
+# %% ../nbs/02_mixers.ipynb #edd44075
+def _cast(x): return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype   # type of a product's factors
+def _outer(g, x): return (x.T @ g).T.contiguous() if g.shape[1] > x.shape[1] else g.T @ x                               # gᵀ x: sum over tokens
+def _is_plain(*linears): return all(type(l) is nn.Linear and l.bias is None and not (l._forward_hooks or l._forward_pre_hooks or l._backward_hooks or l._backward_pre_hooks) and 'weight' in l._parameters for l in linears)
+
+class _Node(torch.autograd.Function):
+    "`kernel(x w_inᵀ) w_outᵀ` as one node. `kernel` has `forward(h, *args) → out, *kept` and `backward(g, h, *args, out, *kept) → gradients of h and of args`; `kept` are tensors."
+    @staticmethod
+    def forward(ctx, kernel, x, w_in, w_out, *args):
+        ctx.kernel, ctx.types, t = kernel, (x.dtype, w_in.dtype, w_out.dtype), _cast(x)
+        x, w_in, w_out = x.to(t), w_in.to(t), w_out.to(t)
+        h = F.linear(x, w_in); out, *kept = kernel.forward(h, *args)
+        is_t = [isinstance(a, Tensor) for a in args]; ctx.args = [None if i else a for a,i in zip(args, is_t)]; ctx.is_t = is_t
+        ctx.save_for_backward(x, w_in, w_out, h, out, *(a for a,i in zip(args, is_t) if i), *kept)
+        return F.linear(out, w_out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w_in, w_out, h, out, *rest = ctx.saved_tensors; rest = iter(rest); args = [next(rest) if i else a for a,i in zip(ctx.args, ctx.is_t)]
+        flat = lambda t: t.reshape(-1, t.shape[-1]); g, need = flat(g), ctx.needs_input_grad
+        d_out = _outer(g, flat(out)) if need[3] else None
+        dh, *dargs = ctx.kernel.backward((g @ w_out).view(out.shape), h, *args, out, *rest); dh = flat(dh)
+        dx, d_in = (dh @ w_in).view(x.shape) if need[1] else None, _outer(dh, flat(x)) if need[2] else None
+        return (None, *(t if t is None else t.to(d) for t,d in zip((dx, d_in, d_out), ctx.types)), *dargs)
+
+# %% ../nbs/02_mixers.ipynb #3e424926
+class _MixerKernel:
+    @staticmethod
+    def forward(h, rest, cut, taps, bias, E, log_eta, scale, weight):
+        return _layer(h, None, cut, taps, bias, E, log_eta.exp(), scale, weight, None, *rest)[:3]
+    @staticmethod
+    def backward(g, h, rest, cut, taps, bias, E, log_eta, scale, weight, out, r, kept):
+        eta = log_eta.exp(); dh, s = _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *rest); n = taps.numel()//len(scale)
+        return dh, None, None, s[:n].reshape(taps.shape), None if bias is None else s[n], s[n+2], s[n+3]*eta, s[n+1], s[n+4:].T.reshape(-1)
+
+@patch
+def _is_node(self:BKMixer, x, state, return_state):
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type == 'cpu' and _is_plain(self.in_proj, self.out_proj) and _cast(x) in _TYPES and self._can_fuse(x, state, return_state))
+
+@patch
+def _node(self:BKMixer, x, cut):
+    ts, rest = self._inner(_cast(x))
+    return _Node.apply(_MixerKernel, x, self.in_proj.weight, self.out_proj.weight, rest, cut if cut is None else cut.contiguous(), *ts)
 
 # %% ../nbs/02_mixers.ipynb #c0060
 def resolvent_attention(
@@ -744,6 +810,7 @@ def forward(self:BKAttention,
     cut:Tensor=None,        # (B, N) bool, true where a new document begins
     return_state:bool=False,
 ):                          # (B, N, D), with return_state also the new state
+    if self._is_node(x, state, return_state): return self._node(x, cut)
     H = self.n_heads; tail, g0, S = (None, None, None) if state is None else state
     h, w, hop = self.in_proj(x), F.softplus(_float(self.absorb_proj(x)) + self.absorb_bias), _hop_of(cut, state)
     if hop is not None: hop = hop.to(w.dtype).expand(-1, -1, H)
@@ -769,7 +836,7 @@ def _plain(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     y = _normed(self.norm, y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
     return y.flatten(-2).to(h.dtype), S
 
-BKAttention._can_fuse = lambda *_: False                # until the kernel is there
+BKAttention._can_fuse = BKAttention._is_node = lambda *_: False   # until the kernel is there
 BKAttention.extra_repr = lambda self: f'{self.n_heads} heads of {self.d_model//self.n_heads}'
 
 # %% ../nbs/02_mixers.ipynb #c0068
@@ -834,15 +901,15 @@ template <class T, class M> struct Attention {
   const M* dout; M* dh; T *dla; double* sums;         // sums: threads x (CW * 3D + d)
   I D() const { return H * d; } I chunks() const { return (N + Q - 1) / Q; }
   struct Room {
-    alignas(64) V rows[Q]; T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay; bool cuts;
-    std::vector<T> mem; T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed;
+    alignas(64) V rows[Q], square[2][Q]; T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay; bool cuts;
+    std::vector<T> mem; T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed, *before, *dw, *dtaps;
   };
   void furnish(Room& o) const {
-    const I c = Q * d, s = d * d; o.mem.assign(13 * c + 4 * s + 3 * Q * Q + 3 * CW * d + 64, T(0));
+    const I c = Q * d, s = d * d; o.mem.assign(13 * c + 4 * s + 3 * Q * Q + (9 * CW + 1) * d + 64, T(0));
     T* p = (T*)(((uintptr_t)o.mem.data() + 63) / 64 * 64); auto take = [&](I n) { T* q = p; p += n; return q; };
     for (int i = 0; i < 3; i++) { o.x[i] = take(c); o.sl[i] = take(c); o.dx[i] = take(c); }
     o.kt = take(c); o.Y = take(c); o.vt = take(c); o.dY = take(c); o.S = take(s); o.St = take(s); o.dS = take(s); o.dSt = take(s); o.P = take(Q * Q); o.E = take(Q * Q); o.dP = take(Q * Q);
-    o.owed = take(3 * CW * d);
+    o.owed = take(3 * CW * d); o.before = take(3 * CW * d); o.dtaps = take(3 * CW * d); o.dw = take(d);
   }
   void each_sum(Room& o, T* to_) const { for (I i = 0; i < Q; i += W) to<T>(to_ + i, sums_of<T>(o.rows + i)); }   // of the vectors in `rows`
   void zero(Room& o) const { for (I i = 0; i < Q; i++) o.rows[i] = V{}; }
@@ -873,40 +940,41 @@ CPP_ATTENTION += r'''
 # %% ../nbs/02_mixers.ipynb #c0078
 CPP_ATTENTION += r'''
   V row(I b, I t, I col) const { return t >= 0 ? ME::full(h + b * hb + t * hn + col) : past ? ME::full(past + (b * (CW - 1) + t + CW - 1) * 3 * D() + col) : V{}; }
-  template <bool BACK, bool CUT, int K> void rows(Room& o, const M* q, I i, int p, I c, const V* f, V* before) const {
-    V x[K + CW - 1], a[K], sg[K]; for (int j = 0; j < CW - 1; j++) x[j] = before[j];
-    EACH x[CW - 1 + e] = ME::full(q + e * hn);
-    EACH a[e] = x[CW - 1 + e] * f[0]; for (int j = 1; j < CW; j++) EACH a[e] += CUT ? x[CW - 1 + e - j] * (f[j] * o.ok[i + e][j]) : x[CW - 1 + e - j] * f[j];
+  template <bool BACK, bool CUT, int K> void rows(Room& o, const M* q, I i, int p, I col, I c, const M* soon) const {
+    T* before = o.before + p * (CW - 1) * d + c; const T* f = taps + col; V x[K + CW - 1], a[K], sg[K];
+    for (int j = 0; j < CW - 1; j++) x[j] = from<T>(before + j * d);
+    EACH { __builtin_prefetch((const char*)(soon + e * hn), 0, 2); x[CW - 1 + e] = ME::full(q + e * hn); }
+    EACH a[e] = x[CW - 1 + e] * from<T>(f); for (int j = 1; j < CW; j++) { const V fj = from<T>(f + j * 3 * D()); EACH a[e] += CUT ? x[CW - 1 + e - j] * (fj * o.ok[i + e][j]) : x[CW - 1 + e - j] * fj; }
     EACH sg[e] = a[e]; sigmoids<K>(sg); EACH a[e] = a[e] * sg[e];
-    EACH { to<T>(o.x[p] + (i + e) * d + c, a[e]); if (BACK) to<T>(o.sl[p] + (i + e) * d + c, sg[e] + a[e] * (1 - sg[e])); if (p < 2) o.rows[i + e] += a[e] * a[e]; }
-    for (int j = 0; j < CW - 1; j++) before[j] = x[K + j];
+    EACH { to<T>(o.x[p] + (i + e) * d + c, a[e]); if (BACK) to<T>(o.sl[p] + (i + e) * d + c, sg[e] + a[e] * (1 - sg[e])); if (p < 2) o.square[p][i + e] += a[e] * a[e]; }
+    for (int j = 0; j < CW - 1; j++) to<T>(before + j * d, x[K + j]);
   }
-  template <bool BACK, bool CUT> void strip(Room& o, I b, I t0, I n, int p, I col, I c, const M* soon) const {
-    V f[CW], before[CW - 1]; for (int j = 0; j < CW; j++) f[j] = from<T>(taps + j * 3 * D() + col);
-    for (int j = 0; j < CW - 1; j++) before[j] = row(b, t0 - (CW - 1) + j, col);
-    const M* q = h + b * hb + t0 * hn + col; I i = 0;
-    for (; i + 4 <= n; i += 4) { for (I j = i; j < i + 4; j++) __builtin_prefetch((const char*)(soon + j * hn), 0, 2); rows<BACK, CUT, 4>(o, q + i * hn, i, p, c, f, before); }
-    for (; i < n; i++) rows<BACK, CUT, 1>(o, q + i * hn, i, p, c, f, before);
+  template <bool BACK, bool CUT> void inputs(Room& o, I b, I hd, I t0, I n, const M* soon) const {
+    const M* q = h + b * hb + t0 * hn; const I at = hd * d; I i = 0;
+    for (int p = 0; p < 3; p++) for (int j = 0; j < CW - 1; j++) for (I c = 0; c < d; c += W) to<T>(o.before + (p * (CW - 1) + j) * d + c, row(b, t0 - (CW - 1) + j, p * D() + at + c));
+    for (; i + 4 <= n; i += 4) for (int p = 0; p < 3; p++) for (I c = 0; c < d; c += W) rows<BACK, CUT, 4>(o, q + i * hn + p * D() + at + c, i, p, p * D() + at + c, c, soon + i * hn + p * D() + c);
+    for (; i < n; i++) for (int p = 0; p < 3; p++) for (I c = 0; c < d; c += W) rows<BACK, CUT, 1>(o, q + i * hn + p * D() + at + c, i, p, p * D() + at + c, c, soon + i * hn + p * D() + c);
   }
   template <bool BACK> void load(Room& o, I b, I hd, I t0, I n, const M* soon) const {
     decays(o, b, hd, t0, n);
+    for (int p = 0; p < 2; p++) for (I i = 0; i < Q; i++) o.square[p][i] = V{};
+    o.cuts ? inputs<BACK, true>(o, b, hd, t0, n, soon) : inputs<BACK, false>(o, b, hd, t0, n, soon);
     for (int p = 0; p < 3; p++) {
-      if (p < 2) zero(o);
-      for (I c = 0; c < d; c += W) { const I col = p * D() + hd * d + c; o.cuts ? strip<BACK, true>(o, b, t0, n, p, col, c, soon + p * D() + c) : strip<BACK, false>(o, b, t0, n, p, col, c, soon + p * D() + c); }
       if (p < 2) {
-        each_sum(o, o.norm[p]); for (I i = 0; i < Q; i++) o.norm[p][i] = 1 / std::max(std::sqrt(o.norm[p][i]), T(1e-12));
-        for (I i = 0; i < n; i++) { const V s = V{} + o.norm[p][i]; for (I c = 0; c < d; c += W) to<T>(o.x[p] + i * d + c, from<T>(o.x[p] + i * d + c) * s); }
+        for (I i = 0; i < Q; i += W) to<T>(o.norm[p] + i, sums_of<T>(o.square[p] + i));
+        for (I i = 0; i < Q; i++) o.norm[p][i] = 1 / std::max(std::sqrt(o.norm[p][i]), T(1e-12));
+        scale(o.x[p], o.x[p], o.norm[p], n, d);
       }
       for (I i = n * d; i < up(n, W) * d; i++) o.x[p][i] = 0;
     }
   }
+  static void scale(T* out, const T* x, const T* by, I rows, I d) { for (I i = 0; i < rows; i++) { const V s = V{} + by[i]; for (I c = 0; c < d; c += W) to<T>(out + i * d + c, from<T>(x + i * d + c) * s); } }
   const M* at(I task, I t0) const { task = std::min(task, B * H - 1); return h + task / H * hb + std::min(t0, N - 1) * hn + task % H * d; }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0080
 CPP_ATTENTION += r'''
   static V lanes(I j) { V x; for (int l = 0; l < W; l++) x[l] = T(j + l); return x; }
-  static void scale(T* out, const T* x, const T* by, I rows, I d) { for (I i = 0; i < rows; i++) { const V s = V{} + by[i]; for (I c = 0; c < d; c += W) to<T>(out + i * d + c, from<T>(x + i * d + c) * s); } }
   void chunk(Room& o, I n, const T* S, bool have) const {
     const I R = up(n, 4), RW = up(n, W); flip<T>(RW, d, o.x[1], o.kt, Q); mm<T>(LOWER, R, RW, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
     for (I i = 0; i < R; i += 4) for (I j = 0, last = up(i + 4, W); j < last; j += W) {
@@ -968,9 +1036,10 @@ CPP_ATTENTION += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0084
 CPP_ATTENTION_BACKWARD = r'''
-  template <int K> void gate_rows_back(Room& o, I b, I hd, I t0, I i, I c, V& dw, I soon) const {
+  static void gather(double* sum, T* x, I n) { for (I i = 0; i < n; i += Simd<double>::W) { st<double>(sum + i, ld<double>(sum + i) + ld<double>(x + i)); st<double>(x + i, typename Simd<double>::V{}); } }   // sum += x, x = 0
+  template <int K> void gate_rows_back(Room& o, I b, I hd, I t0, I i, I c, I soon) const {
     const I at = (b * N + t0 + i) * D() + hd * d + c; const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c; const V w = from<T>(wt + c);
-    V x[K], sg[K]; EACH x[e] = sg[e] = ME::full(z + e * hn); sigmoids<K>(sg);
+    V x[K], sg[K], dw = from<T>(o.dw + c); EACH x[e] = sg[e] = ME::full(z + e * hn); sigmoids<K>(sg);
     EACH {
       __builtin_prefetch((const char*)(dout + at + (e + soon) * D()), 0, 2); __builtin_prefetch((const char*)(out + at + (e + soon) * D()), 0, 2); __builtin_prefetch((const char*)(z + (e + soon) * hn), 0, 2);
       const T inv = r[(b * N + t0 + i + e) * H + hd], m = o.inv[i + e] / d * inv;
@@ -978,17 +1047,16 @@ CPP_ATTENTION_BACKWARD = r'''
       ME::store(dh + (b * N + t0 + i + e) * F + 3 * D() + hd * d + c, y * gw * (sg[e] + silu * (1 - sg[e])));
       dw += ey * silu; to<T>(o.dY + (i + e) * d + c, gw * silu * inv - y * m);
     }
+    to<T>(o.dw + c, dw);
   }
   void gate_back(Room& o, I b, I hd, I t0, I n, double* sum, I soon) const {   // soon: how far away in memory, in tokens, the next chunk to be worked on is
     zero(o);
     for (I i = 0; i < n; i++) { const I at = (b * N + t0 + i) * D() + hd * d; for (I c = 0; c < d; c += W) o.rows[i] += ME::full(dout + at + c) * ME::full(out + at + c); }
     each_sum(o, o.inv);
-    for (I c = 0; c < d; c += W) {
-      V dw = {}; I i = 0;
-      for (; i + 4 <= n; i += 4) gate_rows_back<4>(o, b, hd, t0, i, c, dw, soon);
-      for (; i < n; i++) gate_rows_back<1>(o, b, hd, t0, i, c, dw, soon);
-      double* s = sum + 3 * CW * D() + c; for (int l = 0; l < W; l += Simd<double>::W) st<double>(s + l, ld<double>(s + l) + ld<double>((const T*)&dw + l));
-    }
+    I i = 0;
+    for (; i + 4 <= n; i += 4) for (I c = 0; c < d; c += W) gate_rows_back<4>(o, b, hd, t0, i, c, soon);
+    for (; i < n; i++) for (I c = 0; c < d; c += W) gate_rows_back<1>(o, b, hd, t0, i, c, soon);
+    gather(sum + 3 * CW * D(), o.dw, d);
     for (I i = n * d; i < up(n, W) * d; i++) o.dY[i] = 0;
   }
 '''
@@ -1031,31 +1099,29 @@ CPP_ATTENTION_BACKWARD += r'''
 
 # %% ../nbs/02_mixers.ipynb #f3799605
 CPP_ATTENTION_BACKWARD += r'''
-  template <bool CUT> void strip_back(Room& o, I b, I t0, I n, int p, I col, I c, double* sum) const {
-    V f[CW], ft[CW] = {}, x[CW], w[CW]; for (int j = 0; j < CW; j++) { f[j] = from<T>(taps + j * 3 * D() + col); w[j] = from<T>(o.owed + (p * CW + j) * d + c); }
-    for (int j = 0; j < CW - 1; j++) x[j + 1] = row(b, t0 + n - 1 - j, col);
-    M* q = dh + (b * N + t0 + n - 1) * F + col;
-    for (I i = n - 1; i >= 0; i--, q -= F) {
-      for (int j = 0; j < CW - 1; j++) x[j] = x[j + 1];
-      x[CW - 1] = row(b, t0 + i - (CW - 1), col);
-      V g = from<T>(o.dx[p] + i * d + c);
-      if (p < 2) g = (g - from<T>(o.x[p] + i * d + c) * o.dot[p][i]) * o.norm[p][i];
-      g = g * from<T>(o.sl[p] + i * d + c);
-      for (int j = 0; j < CW; j++) { V e = CUT ? g * o.ok[i][j] : g; ft[j] += e * x[j]; w[j] += e * f[j]; }
-      ME::store(q, w[0]);
-      for (int j = 0; j < CW - 1; j++) w[j] = w[j + 1];
-      w[CW - 1] = V{};
-    }
+  template <bool CUT, int K> void rows_back(Room& o, I b, I t0, I i, int p, I col, I c) const {   // rows i .. i+K-1
+    const T* f = taps + col; T *owed = o.owed + p * CW * d + c, *dt = o.dtaps + p * CW * d + c; V x[K + CW - 1], g[K], w[K + CW - 1];   // w: of the rows i - (CW-1) .. i+K-1
+    for (int j = 0; j < CW - 1; j++) x[j] = row(b, t0 + i - (CW - 1) + j, col);
+    EACH { x[CW - 1 + e] = ME::full(h + b * hb + (t0 + i + e) * hn + col); g[e] = from<T>(o.dx[p] + (i + e) * d + c); }
+    if (p < 2) EACH g[e] = (g[e] - from<T>(o.x[p] + (i + e) * d + c) * o.dot[p][i + e]) * o.norm[p][i + e];
+    EACH g[e] = g[e] * from<T>(o.sl[p] + (i + e) * d + c);
+    for (int j = 0; j < K + CW - 1; j++) w[j] = j < K ? V{} : from<T>(owed + (j - K) * d);
     for (int j = 0; j < CW; j++) {
-      to<T>(o.owed + (p * CW + j) * d + c, w[j]); double* s = sum + j * 3 * D() + col;
-      for (int i = 0; i < W; i += Simd<double>::W) st<double>(s + i, ld<double>(s + i) + ld<double>((const T*)&ft[j] + i));
+      const V fj = from<T>(f + j * 3 * D()); V ft = from<T>(dt + j * d);
+      EACH { V z = CUT ? g[e] * o.ok[i + e][j] : g[e]; ft += z * x[CW - 1 + e - j]; w[CW - 1 + e - j] += z * fj; }
+      to<T>(dt + j * d, ft);
     }
+    EACH ME::store(dh + (b * N + t0 + i + e) * F + col, w[CW - 1 + e]);
+    for (int j = 0; j < CW - 1; j++) to<T>(owed + j * d, w[j]);
+  }
+  template <bool CUT> void inputs_back(Room& o, I b, I hd, I t0, I n) const {
+    I i = n; for (; i % 4; i--) for (int p = 0; p < 3; p++) for (I c = 0; c < d; c += W) rows_back<CUT, 1>(o, b, t0, i - 1, p, p * D() + hd * d + c, c);
+    for (; i; i -= 4) for (int p = 0; p < 3; p++) for (I c = 0; c < d; c += W) rows_back<CUT, 4>(o, b, t0, i - 4, p, p * D() + hd * d + c, c);
   }
   void load_back(Room& o, I b, I hd, I t0, I n, double* sum) const {
-    for (int p = 0; p < 3; p++) {
-      if (p < 2) { zero(o); for (I i = 0; i < n; i++) for (I c = 0; c < d; c += W) o.rows[i] += from<T>(o.dx[p] + i * d + c) * from<T>(o.x[p] + i * d + c); each_sum(o, o.dot[p]); }
-      for (I c = 0; c < d; c += W) { const I col = p * D() + hd * d + c; o.cuts ? strip_back<true>(o, b, t0, n, p, col, c, sum) : strip_back<false>(o, b, t0, n, p, col, c, sum); }
-    }
+    for (int p = 0; p < 2; p++) { zero(o); for (I i = 0; i < n; i++) for (I c = 0; c < d; c += W) o.rows[i] += from<T>(o.dx[p] + i * d + c) * from<T>(o.x[p] + i * d + c); each_sum(o, o.dot[p]); }
+    o.cuts ? inputs_back<true>(o, b, hd, t0, n) : inputs_back<false>(o, b, hd, t0, n);
+    for (int p = 0; p < 3; p++) for (int j = 0; j < CW; j++) gather(sum + (j * 3 + p) * D() + hd * d, o.dtaps + (p * CW + j) * d, d);
   }
 '''
 
@@ -1137,11 +1203,11 @@ def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tenso
 def _(g, h, cut, taps, log_g, weight, out, r, kept, eps): return h.new_empty(h.shape), torch.empty_like(log_g), taps.new_empty(taps.numel() + weight.shape[0])
 
 def _attention_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:5], *output); ctx.eps = inputs[5]
-def _attention_grads(ctx, g, back):
+def _attention_grads(ctx, g):
     h, cut, taps, log_g, weight, *rest = ctx.saved_tensors
-    dh, dg, s = back(g, h, cut, taps, log_g, weight, *rest, ctx.eps); n = taps.numel()
+    dh, dg, s = attention_backward_op(g, h, cut, taps, log_g, weight, *rest, ctx.eps); n = taps.numel()
     return dh, None, s[:n].view_as(taps), dg, s[n:].clone(), None
-_attention_eager = _eager('attention', attention_backward_op, _attention_forward, _attention_backward, _attention_setup, _attention_grads)
+torch.library.register_autograd('resnet_bk::attention', lambda ctx, g, *_: _attention_grads(ctx, g), setup_context=_attention_setup)
 
 # %% ../nbs/02_mixers.ipynb #c0092
 @torch.compiler.assume_constant_result
@@ -1156,11 +1222,37 @@ BKAttention.fused = True                                # False: the plain form,
 
 @patch
 def _fused(self:BKAttention, h, g, hop, cut, tail, S, return_state):
-    f = torch.float64 if h.dtype == torch.float64 else torch.float32
-    taps = (F.pad(h.new_ones(1, 3*self.d_model, dtype=f), (0, 0, 0, 3)) if self.conv is None else self.conv.taps).to(f).contiguous(); log_g, weight = g.abs().log().contiguous(), self.norm.weight.to(f)
+    f = _real(h.dtype); taps = _taps(self.conv, 3*self.d_model, h, f); log_g, weight = g.abs().log().contiguous(), self.norm.weight.to(f)
     if h.stride(-1) != 1: h = h.contiguous()
     if cut is not None: cut = cut.contiguous()
-    if torch.compiler.is_compiling() or h.device.type != 'cpu' and torch.is_grad_enabled(): return attention_op(h, cut, taps, log_g, weight, self.norm.eps)[0], None
-    if torch.is_grad_enabled(): return _attention_eager(h, cut, taps, log_g, weight, self.norm.eps), None
+    if torch.compiler.is_compiling() or torch.is_grad_enabled(): return attention_op(h, cut, taps, log_g, weight, self.norm.eps)[0], None
     y, _, _, end = _attend(h, None if tail is None else tail.to(h).contiguous(), cut, taps, log_g, weight, None if S is None else S.to(f).contiguous(), self.norm.eps, keep=False)
     return y, end if h.shape[1] or S is None else S
+
+# %% ../nbs/02_mixers.ipynb #67b9f40b
+class _AttentionKernel:
+    @staticmethod
+    def forward(h, graph, eps, cut, taps, bias, E, log_eta, weight):
+        D, H = taps.shape[1]//3, len(bias); leaves = [t.detach().requires_grad_() for t in (h[...,4*D:4*D+H].to(bias.dtype), bias, E, log_eta)]
+        with torch.enable_grad():
+            a, b, e, l = leaves; hop = _hop_of(cut, None)
+            log_g = resolvent_diag(None, torch.complex(e, l.exp()), F.softplus(a + b), hop if hop is None else hop.to(a.dtype).expand(-1, -1, H), causal=True).abs().log()
+        graph.append((leaves, log_g)); log_g = log_g.detach().contiguous()
+        return *_attention_forward(h, cut, taps, log_g, weight, eps), log_g
+    @staticmethod
+    def backward(g, h, graph, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g):
+        dh, dg, s = _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps); n, D, H = taps.numel(), taps.shape[1]//3, len(bias)
+        leaves, y = graph[-1]; da, *dps = torch.autograd.grad(y, leaves, dg, retain_graph=True)
+        dh[...,4*D:4*D+H] = da; dh[...,4*D+H:] = 0
+        return dh, None, None, None, s[:n].view_as(taps), *dps, s[n:].clone()
+
+@patch
+def _is_node(self:BKAttention, x, state, return_state):
+    return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type == 'cpu' and _is_plain(self.in_proj, self.out_proj, self.absorb_proj) and _cast(x) in _TYPES
+            and self._can_fuse(x, state, return_state))
+
+@patch
+def _node(self:BKAttention, x, cut):
+    f, w = _real(_cast(x)), self.in_proj.weight; ps = [p.to(f).contiguous() for p in (self.absorb_bias, self.spectrum.E, self.spectrum.log_eta, self.norm.weight)]
+    w = torch.cat([w, self.absorb_proj.weight, w.new_zeros(-self.n_heads % 16, self.d_model)])
+    return _Node.apply(_AttentionKernel, x, w, self.out_proj.weight, [], self.norm.eps, cut if cut is None else cut.contiguous(), _taps(self.conv, 3*self.d_model, w, f), *ps)
