@@ -741,11 +741,11 @@ def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, ep
     return out, r, kept, end
 
 def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
-    "Its adjoint: the gradient of h, and the parameters' as rows (taps, bias, scale, E, eta, weight)."
+    "Its adjoint: the gradient of h, and the parameters' in one row (taps, bias, scale, E, eta, weight)."
     dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale); g, f, n = g.contiguous(), _four(taps), taps.numel()//C
     s = _layer_run('bk_layer_backward', h, f, bias, v_max, eps, features, act, has_v, C, None, cut, f, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
     s = (s if h.numel() else torch.zeros_like(s)).sum(0)
-    return dh, torch.cat([s[:n], s[f.numel()//C:]]).to(scale.dtype)
+    return dh, torch.cat([s[:n].flatten(), s[f.numel()//C:-features].flatten(), s[-features:].T.flatten()]).to(scale.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0073
 CUDA_ATTENTION = r'''

@@ -295,6 +295,21 @@ static inline int bk_team() { return 1; }
 #endif
 '''
 
+# %% ../nbs/02_mixers.ipynb #ede9c94a
+CPP_MATH += r'''
+template <class T> static void flip(I m, I n, const T* a, T* out, I ldo) { // (m, n) -> (n, m); both multiples of the vector
+  typedef typename Lanes<T>::V V; enum { W = Lanes<T>::W };
+  for (I i = 0; i < m; i += W) for (I j = 0; j < n; j += W) {
+    V x[W], y[W]; for (int r = 0; r < W; r++) x[r] = from<T>(a + (i + r) * n + j);
+    _Pragma("GCC unroll 8") for (int round = 1; round < W; round *= 2) {
+      for (int r = 0; r < W / 2; r++) { y[2 * r] = Shuffle<W>::low(x[r], x[r + W / 2]); y[2 * r + 1] = Shuffle<W>::high(x[r], x[r + W / 2]); }
+      for (int r = 0; r < W; r++) x[r] = y[r];
+    }
+    for (int r = 0; r < W; r++) to<T>(out + (j + r) * ldo + i, x[r]);
+  }
+}
+'''
+
 # %% ../nbs/02_mixers.ipynb #58db731c
 CPP_LAYER = r'''
 enum { CW = 4 };                                      // width of the convolution
@@ -306,7 +321,7 @@ template <class T, class M> struct Layer {
   Shape s; int iw, iv;                                // which column block holds w and v; -1 = none
   const M *h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *bias, *E, *eta, *scale, *wt;
   M* out; T* rinv; double *ck, *g1; const double* g0;  // ck: states at the blocks, (B, blocks, 4, C) of T; g0, g1: first and last, (B, C, 4) doubles: g, y
-  const M* dout; M* dh; double* sums;                 // sums: threads x (CW*nin + bias + scale + feat + E + eta) x C
+  const M* dout; M* dh; T* grads; double* sums;       // grads: taps (CW, nin C), bias, scale, E, eta (C), weight (feat C); sums: the same per thread, weight by features
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; } I blocks() const { return (s.N + ROWS - 1) / ROWS; }
 
   struct Tile { I c; int n; V f[3][CW], before[3][CW - 1], bias, scale, e, eta; Z g, y; };   // before: the last rows, for the convolution
@@ -543,7 +558,11 @@ CPP_LAYER_BACKWARD += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0045
 CPP_LAYER_BACKWARD += r'''
-  void backward() const {
+  void backward() {
+    const I n = n_sums(); std::vector<double> own(s.threads * n); sums = own.data(); sweep_back();
+    for (I i = 0; i < n; i++) { double x = 0; for (int t = 0; t < s.threads; t++) x += own[t * n + i]; const I w = i - (CW * s.nin + 4) * s.C; grads[w < 0 ? i : i - w + w % s.C * s.feat + w / s.C] = T(x); }
+  }
+  void sweep_back() const {
     const I group = parts() == 1 ? (I)ROWS : (I)MEET, D = s.feat * s.C; std::vector<T> all(s.B * parts() * 2 * MEET);
     share([&](std::vector<Part>& mine) {
       Block k[2]; Cuts cu; for (Part& m : mine) m.adj.assign(m.count, Adj());
@@ -578,9 +597,14 @@ template <class T, class M> int layer(const I* a, bool back) {
   l.iw = a[8] ? 1 : -1; l.iv = a[9] ? 1 + (int)a[8] : -1; const I* q = a + 13;
   l.h = (const M*)q[0]; l.hb = q[1]; l.hn = q[2]; l.past = (const M*)q[3]; l.cut = (const uint8_t*)q[4]; l.taps = (const T*)q[5]; l.bias = (const T*)q[6];
   l.E = (const T*)q[7]; l.eta = (const T*)q[8]; l.scale = (const T*)q[9]; l.wt = (const T*)q[10]; l.out = (M*)q[11]; l.rinv = (T*)q[12]; l.ck = (double*)q[13];
-  l.g0 = (const double*)q[14]; l.g1 = (double*)q[15]; l.dout = (const M*)q[16]; l.dh = (M*)q[17]; l.sums = (double*)q[18];
-  if (!l.s.B || !l.s.N) { return 0; }
+  l.g0 = (const double*)q[14]; l.g1 = (double*)q[15]; l.dout = (const M*)q[16]; l.dh = (M*)q[17]; l.grads = (T*)q[18];
+  if (!l.s.B || !l.s.N) { if (back) std::fill(l.grads, l.grads + l.n_sums(), T(0)); return 0; }
   back ? l.backward() : l.forward(); return 0;
+}
+extern "C" int bk_transpose(I m, I n, const float* a, float* out, I threads) { // (m, n) -> (n, m)
+  #pragma omp parallel for num_threads(threads)
+  for (I i = 0; i < m; i += Lanes<float>::W) flip<float>(Lanes<float>::W, n, a + i * n, out + i, m);
+  return 0;
 }
 extern "C" int bk_layer(const I* a) { return a[10] == 0 ? layer<float, float>(a, false) : a[10] == 1 ? layer<double, double>(a, false) : layer<float, bf16>(a, false); }
 extern "C" int bk_layer_backward(const I* a) { return a[10] == 0 ? layer<float, float>(a, true) : a[10] == 1 ? layer<double, double>(a, true) : layer<float, bf16>(a, true); }
@@ -610,10 +634,9 @@ def _layer(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, feat
 def _layer_forward(h, cut, taps, bias, E, eta, scale, weight, *rest): return _layer(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3]
 
 def _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
-    B,T = h.shape[0], torch.get_num_threads(); C = len(scale); n = taps.numel()//C + 4 + features
-    dh, sums = torch.zeros_like(h, memory_format=torch.contiguous_format) if h.numel() == 0 else h.new_empty(h.shape), h.new_zeros(T, n, C, dtype=torch.float64)
-    _layer_call('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g.contiguous(), dh, sums)
-    return dh, sums.sum(0).to(scale.dtype)
+    C = len(scale); dh, grads = h.new_empty(h.shape), scale.new_empty((taps.numel()//C + 4 + features)*C)
+    _layer_call('bk_layer_backward', h, taps, bias, v_max, eps, features, act, has_v, None, cut, taps, bias, E, eta, scale, weight, out, r, kept, None, None, g.contiguous(), dh, grads)
+    return dh, grads
 
 # %% ../nbs/02_mixers.ipynb #c0050
 @torch.library.custom_op('resnet_bk::layer', mutates_args=(), device_types='cpu')
@@ -629,20 +652,24 @@ def _(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_
 @torch.library.custom_op('resnet_bk::layer_backward', mutates_args=(), device_types='cpu')
 def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor, out:Tensor, r:Tensor, kept:Tensor,
                       v_max:float, eps:float, features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor]:
-    "Adjoint of `layer`: the gradient of h, and those of the parameters as rows (taps, bias, scale, E, eta, weight) of length C."
+    "Adjoint of `layer`: the gradient of h, and those of the parameters in one row (taps, bias, scale, E, eta, weight)."
     return _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v)
 
 @layer_backward_op.register_fake
 def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
-    C = scale.shape[0]; return h.new_empty(h.shape), scale.new_empty(taps.numel()//C + 4 + features, C)
+    C = scale.shape[0]; return h.new_empty(h.shape), scale.new_empty(taps.numel() + (4 + features)*C)
 
 # %% ../nbs/02_mixers.ipynb #c0051
+def _split(s, taps, scale): # the row of gradients into its parts; copies where an op may not return views of one tensor
+    n, C = taps.numel(), len(scale); p = s.split([n, C, C, C, C, len(s) - n - 4*C])
+    return (p[0].view(taps.shape), *p[1:])
+
 def _layer_setup(ctx, inputs, output): ctx.save_for_backward(*inputs[:8], *output); ctx.rest = inputs[8:]
 
 def _layer_grads(ctx, g):
     h, cut, taps, bias, E, eta, scale, weight, out, r, kept = ctx.saved_tensors
-    dh, s = layer_backward_op(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *ctx.rest); W, P = taps.shape; n = taps.numel()//len(scale)
-    return (dh, None, s[:n].reshape(W, P), None if bias is None else s[n], s[n+2], s[n+3], s[n+1], s[n+4:].T.reshape(-1), *(None,)*5)
+    dh, s = layer_backward_op(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *ctx.rest); dt, db, ds, dE, dn, dw = _split(s, taps, scale)
+    return (dh, None, dt, None if bias is None else db, dE, dn, ds, dw, *(None,)*5)
 
 torch.library.register_autograd('resnet_bk::layer', lambda ctx, g, *_: _layer_grads(ctx, g), setup_context=_layer_setup)
 
@@ -683,7 +710,11 @@ def _fused(self:BKMixer, h, state, cut, return_state):
 
 # %% ../nbs/02_mixers.ipynb #edd44075
 def _cast(x): return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype   # type of a product's factors
-def _outer(g, x): return (x.T @ g).T.contiguous() if g.shape[1] > x.shape[1] else g.T @ x                               # gᵀ x: sum over tokens
+def _outer(g, x): # gᵀ x: sum over tokens
+    (n, o), i = g.shape, x.shape[1]
+    if g.dtype != torch.float32 or o <= i or o % 16 or i % 16: return g.T @ x
+    t, w = x.T @ g, x.new_empty(o, i); LAYER.load().bk_transpose(*(ctypes.c_int64(a) for a in (i, o, t.data_ptr(), w.data_ptr(), torch.get_num_threads())))
+    return w
 def _is_plain(*linears): return all(type(l) is nn.Linear and l.bias is None and not (l._forward_hooks or l._forward_pre_hooks or l._backward_hooks or l._backward_pre_hooks) and 'weight' in l._parameters for l in linears)
 
 class _Node(torch.autograd.Function):
@@ -714,8 +745,8 @@ class _MixerKernel:
         return _layer(h, None, cut, taps, bias, E, log_eta.exp(), scale, weight, None, *rest)[:3]
     @staticmethod
     def backward(g, h, rest, cut, taps, bias, E, log_eta, scale, weight, out, r, kept):
-        eta = log_eta.exp(); dh, s = _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *rest); n = taps.numel()//len(scale)
-        return dh, None, None, s[:n].reshape(taps.shape), None if bias is None else s[n], s[n+2], s[n+3]*eta, s[n+1], s[n+4:].T.reshape(-1)
+        eta = log_eta.exp(); dh, s = _layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *rest); dt, db, ds, dE, dn, dw = _split(s, taps, scale)
+        return dh, None, None, dt, None if bias is None else db, dE, dn*eta, ds, dw
 
 @patch
 def _is_node(self:BKMixer, x, state, return_state):
@@ -874,22 +905,52 @@ template <class T> static void mm(Range what, I m, I n, I k, const T* A, I ra, I
 
 # %% ../nbs/02_mixers.ipynb #d4a4cb65
 CPP_ATTENTION += r'''
-template <class T> static void flip(I m, I n, const T* a, T* out, I ldo) { // (m, n) -> (n, m); both multiples of the vector
-  typedef typename Lanes<T>::V V; enum { W = Lanes<T>::W };
-  for (I i = 0; i < m; i += W) for (I j = 0; j < n; j += W) {
-    V x[W], y[W]; for (int r = 0; r < W; r++) x[r] = from<T>(a + (i + r) * n + j);
-    _Pragma("GCC unroll 8") for (int round = 1; round < W; round *= 2) {
-      for (int r = 0; r < W / 2; r++) { y[2 * r] = Shuffle<W>::low(x[r], x[r + W / 2]); y[2 * r + 1] = Shuffle<W>::high(x[r], x[r + W / 2]); }
-      for (int r = 0; r < W; r++) x[r] = y[r];
-    }
-    for (int r = 0; r < W; r++) to<T>(out + (j + r) * ldo + i, x[r]);
-  }
-}
 template <class T> static inline typename Lanes<T>::V sums_of(const typename Lanes<T>::V* r) { // lane l: the sum over r[l]
   typedef typename Lanes<T>::V V; enum { W = Lanes<T>::W }; V x[W]; for (int i = 0; i < W; i++) x[i] = r[i];
   _Pragma("GCC unroll 8") for (int n = W / 2; n >= 1; n /= 2) for (int i = 0; i < n; i++) x[i] = Shuffle<W>::low(x[i], x[i + n]) + Shuffle<W>::high(x[i], x[i + n]);
   return x[0];
 }
+'''
+
+# %% ../nbs/02_mixers.ipynb #1f22d76f
+CPP_ATTENTION += r'''
+template <class T, class M> struct Decays {
+  typedef typename Lanes<T>::V V; typedef Complex<V> Z; enum { W = Lanes<T>::W };
+  I B, N, H, col; const M* h; I hb, hn; const uint8_t* cut; const T *bias, *E, *eta; T *la, *g; const T* dla; M* dh; I F; T* grads; int threads;   // g: (B, N, H) complex; grads: bias, E, eta (H)
+  struct Lane { I n, at[W], gt[W], b[W], hd[W]; V bias, e, eta; };
+  Lane lane(I first) const {
+    Lane l; l.n = std::min<I>(W, B * H - first); l.bias = l.e = V{}; l.eta = V{} + 1;
+    for (int i = 0; i < l.n; i++) { I b = l.b[i] = (first + i) / H, hd = l.hd[i] = (first + i) % H; l.at[i] = b * hb + col + hd; l.gt[i] = b * N * H + hd; l.bias[i] = bias[hd]; l.e[i] = E[hd]; l.eta[i] = eta[hd]; }
+    return l;
+  }
+  V absorption(const Lane& l, I t) const { V x = {}; for (int i = 0; i < l.n; i++) x[i] = one(h + l.at[i] + t * hn); return x + l.bias; }
+  V bond(const Lane& l, I t) const { V x = V{} + 1; if (cut) for (int i = 0; i < l.n; i++) if (cut[l.b[i] * N + t]) x[i] = 0; return x; }
+  void forward() const {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (I first = 0; first < B * H; first += W) {
+      Lane l = lane(first); Z p = {V{}, V{}};
+      for (I t = 0; t < N; t++) {
+        p = pivot_step(Z{-2 - l.e, -(l.eta + softplus(absorption(l, t)))}, cut ? p * bond(l, t) : p); V s = p.re * p.re + p.im * p.im;
+        for (int i = 0; i < l.n; i++) { I q = l.gt[i] + t * H; g[2 * q] = p.re[i]; g[2 * q + 1] = p.im[i]; la[q] = T(.5) * std::log(s[i]); }
+      }
+    }
+  }
+  void backward() const {
+    std::vector<double> sums(B * H * 3);
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (I first = 0; first < B * H; first += W) {
+      Lane l = lane(first); Z L = {V{}, V{}}; V sb = {}, se = {}, sn = {};
+      for (I t = N - 1; t >= 0; t--) {
+        Z p = {V{} + 1, V{}}; V d = {}; for (int i = 0; i < l.n; i++) { I q = l.gt[i] + t * H; p.re[i] = g[2 * q]; p.im[i] = g[2 * q + 1]; d[i] = dla[q]; }
+        if (t + 1 < N && cut) L = L * bond(l, t + 1);
+        L = pivot_adjoint(p.conj(), L - p * (d / (p.re * p.re + p.im * p.im))); V x = -L.im * sigmoid(absorption(l, t)); sb += x; se -= L.re; sn -= L.im;
+        for (int i = 0; i < l.n; i++) put(dh + (l.b[i] * N + t) * F + col + l.hd[i], T(x[i]));
+      }
+      for (int i = 0; i < l.n; i++) { double* q = &sums[(first + i) * 3]; q[0] = sb[i]; q[1] = se[i]; q[2] = sn[i]; }
+    }
+    for (I k = 0; k < 3 * H; k++) { double x = 0; for (I b = 0; b < B; b++) x += sums[(b * H + k % H) * 3 + k / H]; grads[k] = T(x); }
+  }
+};
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0074
@@ -898,7 +959,7 @@ template <class T, class M> struct Attention {
   typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64, CW = 4 };
   I B, N, H, d, F; int threads; double eps;
   const M *h; I hb, hn; const uint8_t* cut; const T *taps, *la, *wt; M* out; T *r, *kept, *end; const T* S0; const M* past;
-  const M* dout; M* dh; T *dla; double* sums;         // sums: threads x (CW * 3D + d)
+  const M* dout; M* dh; T *dla, *grads; double* sums;  // grads: taps (CW, 3D), weight (d); sums: the same per thread
   I D() const { return H * d; } I chunks() const { return (N + Q - 1) / Q; }
   struct Room {
     alignas(64) V rows[Q], square[2][Q]; T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay; bool cuts;
@@ -1127,7 +1188,11 @@ CPP_ATTENTION_BACKWARD += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0088
 CPP_ATTENTION_BACKWARD += r'''
-  void backward() const {
+  void backward() {
+    const I n = CW * 3 * D() + d; std::vector<double> own(threads * n); sums = own.data(); sweep_back();
+    for (I i = 0; i < n; i++) { double x = 0; for (int t = 0; t < threads; t++) x += own[t * n + i]; grads[i] = T(x); }
+  }
+  void sweep_back() const {
     #pragma omp parallel num_threads(threads)
     {
       Room o; furnish(o); double* sum = sums + bk_thread() * (CW * 3 * D() + d);
@@ -1152,10 +1217,17 @@ CPP_ATTENTION_ENTRY = r'''
 template <class T, class M> int attention(const I* a, bool back) {
   Attention<T, M> l; l.B = a[0]; l.N = a[1]; l.H = a[2]; l.d = a[3]; l.F = a[4]; l.threads = a[5]; l.eps = *(double*)a[7]; const I* q = a + 8;
   l.h = (const M*)q[0]; l.hb = q[1]; l.hn = q[2]; l.past = (const M*)q[3]; l.cut = (const uint8_t*)q[4]; l.taps = (const T*)q[5]; l.la = (const T*)q[6]; l.wt = (const T*)q[7];
-  l.out = (M*)q[8]; l.r = (T*)q[9]; l.kept = (T*)q[10]; l.S0 = (const T*)q[11]; l.end = (T*)q[12]; l.dout = (const M*)q[13]; l.dh = (M*)q[14]; l.dla = (T*)q[15]; l.sums = (double*)q[16];
-  if (l.B && l.N) back ? l.backward() : l.forward();
+  l.out = (M*)q[8]; l.r = (T*)q[9]; l.kept = (T*)q[10]; l.S0 = (const T*)q[11]; l.end = (T*)q[12]; l.dout = (const M*)q[13]; l.dh = (M*)q[14]; l.dla = (T*)q[15]; l.grads = (T*)q[16];
+  if (l.B && l.N) back ? l.backward() : l.forward(); else if (back) std::fill(l.grads, l.grads + 12 * l.D() + l.d, T(0));
   return 0;
 }
+// a: B N H column F threads type, then the tensors
+template <class T, class M> int decays(const I* a, bool back) {
+  const I* q = a + 7; Decays<T, M> l = {a[0], a[1], a[2], a[3], (const M*)q[0], q[1], q[2], (const uint8_t*)q[3], (const T*)q[4], (const T*)q[5], (const T*)q[6], (T*)q[7], (T*)q[8], (const T*)q[9], (M*)q[10], a[4], (T*)q[11], (int)a[5]};
+  back ? l.backward() : l.forward(); return 0;
+}
+extern "C" int bk_decays(const I* a) { return a[6] == 0 ? decays<float, float>(a, false) : a[6] == 1 ? decays<double, double>(a, false) : decays<float, bf16>(a, false); }
+extern "C" int bk_decays_backward(const I* a) { return a[6] == 0 ? decays<float, float>(a, true) : a[6] == 1 ? decays<double, double>(a, true) : decays<float, bf16>(a, true); }
 extern "C" int bk_attention(const I* a) { return a[6] == 0 ? attention<float, float>(a, false) : a[6] == 1 ? attention<double, double>(a, false) : attention<float, bf16>(a, false); }
 extern "C" int bk_attention_backward(const I* a) { return a[6] == 0 ? attention<float, float>(a, true) : a[6] == 1 ? attention<double, double>(a, true) : attention<float, bf16>(a, true); }
 '''
@@ -1179,9 +1251,9 @@ def _attend(h, past, cut, taps, log_g, weight, S, eps, keep=True):
 def _attention_forward(h, cut, taps, log_g, weight, eps): return _attend(h, None, cut, taps, log_g, weight, None, eps)[:3]
 
 def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
-    dh, dg, sums = h.new_empty(h.shape), torch.empty_like(log_g), h.new_zeros(torch.get_num_threads(), taps.numel() + len(weight), dtype=torch.float64)
-    _attention_call('bk_attention_backward', h, taps, log_g, weight, eps, None, cut, taps, log_g, weight, out, r, kept, None, None, g.contiguous(), dh, dg, sums)
-    return dh, dg, sums.sum(0).to(taps.dtype)
+    dh, dg, grads = h.new_empty(h.shape), torch.empty_like(log_g), taps.new_empty(taps.numel() + len(weight))
+    _attention_call('bk_attention_backward', h, taps, log_g, weight, eps, None, cut, taps, log_g, weight, out, r, kept, None, None, g.contiguous(), dh, dg, grads)
+    return dh, dg, grads
 
 # %% ../nbs/02_mixers.ipynb #c0091
 @torch.library.custom_op('resnet_bk::attention', mutates_args=(), device_types='cpu')
@@ -1232,19 +1304,22 @@ def _fused(self:BKAttention, h, g, hop, cut, tail, S, return_state):
 # %% ../nbs/02_mixers.ipynb #67b9f40b
 class _AttentionKernel:
     @staticmethod
-    def forward(h, graph, eps, cut, taps, bias, E, log_eta, weight):
-        D, H = taps.shape[1]//3, len(bias); leaves = [t.detach().requires_grad_() for t in (h[...,4*D:4*D+H].to(bias.dtype), bias, E, log_eta)]
-        with torch.enable_grad():
-            a, b, e, l = leaves; hop = _hop_of(cut, None)
-            log_g = resolvent_diag(None, torch.complex(e, l.exp()), F.softplus(a + b), hop if hop is None else hop.to(a.dtype).expand(-1, -1, H), causal=True).abs().log()
-        graph.append((leaves, log_g)); log_g = log_g.detach().contiguous()
-        return *_attention_forward(h, cut, taps, log_g, weight, eps), log_g
+    def decays(name, h, cut, D, bias, E, eta, *tensors): # the chains' pivots, or their adjoint
+        B,N,F_ = h.shape
+        args = [B, N, len(bias), 4*D, F_, torch.get_num_threads(), _TYPES[h.dtype], h.data_ptr(), h.stride(0), h.stride(1), *(0 if t is None else t.data_ptr() for t in (cut, bias, E, eta, *tensors))]
+        getattr(ATTENTION.load(), name)((ctypes.c_int64*len(args))(*args))
     @staticmethod
-    def backward(g, h, graph, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g):
-        dh, dg, s = _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps); n, D, H = taps.numel(), taps.shape[1]//3, len(bias)
-        leaves, y = graph[-1]; da, *dps = torch.autograd.grad(y, leaves, dg, retain_graph=True)
-        dh[...,4*D:4*D+H] = da; dh[...,4*D+H:] = 0
-        return dh, None, None, None, s[:n].view_as(taps), *dps, s[n:].clone()
+    def forward(h, eps, cut, taps, bias, E, log_eta, weight):
+        g = bias.new_empty(*h.shape[:2], len(bias), 2); log_g = bias.new_empty(g.shape[:3])
+        _AttentionKernel.decays('bk_decays', h, cut, taps.shape[1]//3, bias, E, log_eta.exp(), log_g, g, None, None, None)
+        return *_attention_forward(h, cut, taps, log_g, weight, eps), log_g, g
+    @staticmethod
+    def backward(d_out, h, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g, g):
+        D, H, eta, s = taps.shape[1]//3, len(bias), log_eta.exp(), bias.new_empty(3, len(bias))
+        dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps); n = taps.numel()
+        _AttentionKernel.decays('bk_decays_backward', h, cut, D, bias, E, eta, log_g, g, dg, dh, s)
+        if dh.shape[2] > 4*D + H: dh[...,4*D+H:] = 0
+        return dh, None, None, ds[:n].view_as(taps), s[0], s[1], s[2]*eta, ds[n:].clone()
 
 @patch
 def _is_node(self:BKAttention, x, state, return_state):
@@ -1255,4 +1330,4 @@ def _is_node(self:BKAttention, x, state, return_state):
 def _node(self:BKAttention, x, cut):
     f, w = _real(_cast(x)), self.in_proj.weight; ps = [p.to(f).contiguous() for p in (self.absorb_bias, self.spectrum.E, self.spectrum.log_eta, self.norm.weight)]
     w = torch.cat([w, self.absorb_proj.weight, w.new_zeros(-self.n_heads % 16, self.d_model)])
-    return _Node.apply(_AttentionKernel, x, w, self.out_proj.weight, [], self.norm.eps, cut if cut is None else cut.contiguous(), _taps(self.conv, 3*self.d_model, w, f), *ps)
+    return _Node.apply(_AttentionKernel, x, w, self.out_proj.weight, self.norm.eps, cut if cut is None else cut.contiguous(), _taps(self.conv, 3*self.d_model, w, f), *ps)
