@@ -325,7 +325,7 @@ template <class T, class M> struct Layer {
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; } I blocks() const { return (s.N + ROWS - 1) / ROWS; }
 
   struct Tile { I c; int n; V f[3][CW], before[3][CW - 1], bias, scale, e, eta; Z g, y; };   // before: the last rows, for the convolution
-  struct Block { T raw[3][ROWS + CW][W]; Buf pre[3], v, su, sw, gr, gi, yr, yi; };           // kept for the way back; su, sw: slopes
+  struct alignas(64) Block { T raw[3][ROWS + CW][W]; Buf pre[3], v, su, sw, gr, gi, yr, yi; };           // kept for the way back; su, sw: slopes
   struct Cuts { T ok[ROWS][CW], bond[ROWS + 1]; };     // ok[t][j]: no cut between t-j and t; bond[t]: from t-1 to t
 '''
 
@@ -405,7 +405,8 @@ CPP_LAYER += r'''
 CPP_LAYER += r'''
   enum { MEET = 64, FAR = 8 << 20 };
   static T hsum(V x) { T r = 0; for (int i = 0; i < W; i++) r += x[i]; return r; }
-  struct Adj { Z P, L; V D[3][CW]; };                  // carried from right to left: P, L and what the convolution still owes the rows before
+  struct Sum { V E, eta, bias, scale, w0, w1, f[3][CW]; };
+  struct Adj { Z P, L; V D[3][CW]; Sum sum; };         // carried from right to left: P, L, what the convolution still owes the rows before, sums over the last rows
   struct Part { I b, first, count; std::vector<Tile> tile; std::vector<Adj> adj; std::vector<V> y; T sum[MEET]; };   // some tiles of one row
   bool far(I width) const { return s.B * s.N * width * (I)sizeof(M) > FAR; }
   template <bool CUT, int P> void forward(Part& m, I x, const Cuts& cu, I t0, I at, I n, I ahead, V* ss) const {   // two tiles or one, four rows; y into the part's own memory
@@ -486,13 +487,18 @@ CPP_LAYER += r'''
 
 # %% ../nbs/02_mixers.ipynb #c0041
 CPP_LAYER_BACKWARD = r'''
-  void add(double* sum, I at, I c, V x, int n) const {
+  void add(double* sum, I at, I c, V& x, int n) const {
     double* q = sum + at * s.C + c;
     if (n == W) for (int i = 0; i < W; i += Simd<double>::W) st<double>(q + i, ld<double>(q + i) + ld<double>((const T*)&x + i)); else for (int i = 0; i < n; i++) q[i] += x[i];
+    x = V{};
+  }
+  void add(double* sum, const Tile& t, Sum& z) const { // now and then, in double
+    const I at = CW * s.nin, c = t.c; const int n = t.n; for (int p = 0; p < s.nin; p++) for (int j = 0; j < CW; j++) add(sum, j * s.nin + p, c, z.f[p][j], n);
+    add(sum, at, c, z.bias, n); add(sum, at + 1, c, z.scale, n); add(sum, at + 2, c, z.E, n); add(sum, at + 3, c, z.eta, n); add(sum, at + 4, c, z.w0, n); if (s.feat == 2) add(sum, at + 5, c, z.w1, n);
   }
   // The convolution transposed: a row's gradient is complete once the rows after it have added their share
-  template <bool CUT> void conv_back(const Tile& t, Adj& a, const Block& k, const Cuts& cu, I b, I t0, I n, int p, double* sum) const {
-    const bool past = far(s.F); V x[CW], ft[CW] = {}, o[CW]; for (int j = 0; j < CW; j++) o[j] = a.D[p][j];
+  template <bool CUT> void conv_back(const Tile& t, Adj& a, const Block& k, const Cuts& cu, I b, I t0, I n, int p) const {
+    const bool past = far(s.F); V x[CW], ft[CW], o[CW]; for (int j = 0; j < CW; j++) { o[j] = a.D[p][j]; ft[j] = a.sum.f[p][j]; }
     for (int j = 0; j < CW - 1; j++) x[j + 1] = from<T>(k.raw[p][CW - 1 + n - 1 - j]);
     M* q = dh + (b * s.N + t0 + n - 1) * s.F + p * s.C + t.c;
     for (I i = n - 1; i >= 0; i--, q -= s.F) {
@@ -504,54 +510,58 @@ CPP_LAYER_BACKWARD = r'''
       for (int j = 0; j < CW - 1; j++) o[j] = o[j + 1];
       o[CW - 1] = V{};
     }
-    for (int j = 0; j < CW; j++) { a.D[p][j] = o[j]; add(sum, j * s.nin + p, t.c, ft[j], t.n); }
+    for (int j = 0; j < CW; j++) { a.D[p][j] = o[j]; a.sum.f[p][j] = ft[j]; }
   }
 '''
 
 # %% ../nbs/02_mixers.ipynb #c0043
 CPP_LAYER_BACKWARD += r'''
-  struct Sum { V E, eta, bias, scale, w0, w1; };
-  template <bool CUT, int K> void rows_back(const Tile& t, Adj& a, Block& k, const Cuts& cu, I b, I t0, I i, const T* m, V w0, V w1, Sum& sum, I ahead) const {   // rows i .. i+K-1, the last first
-    if (ahead) EACH { const I at = b * s.N + t0 + i + e - ahead; soon(h + b * hb + (t0 + i + e - ahead) * hn + s.P() + t.c); for (int f = 0; f < s.feat; f++) { soon(dout + (at * s.C + t.c) * s.feat + f * W); soon(out + (at * s.C + t.c) * s.feat + f * W); } }
-    const bool past = far(s.F); V gate[K]; EACH gate[e] = row(b, t0 + i + e, s.nin, t.c, t.n);
-    V sg[K]; EACH sg[e] = gate[e]; sigmoids<K>(sg);
-    _Pragma("GCC unroll 4") for (int e = K - 1; e >= 0; e--) {
-      const I j = i + e, at = b * s.N + t0 + j; const T r = rinv[at], mean = m[j] / (s.feat * s.C) * r; const M* q = dout + at * s.feat * s.C + s.feat * t.c;
-      V d0, d1 = {}, silu = gate[e] * sg[e];
-      if (s.feat == 1) d0 = ME::ld(q, t.n);
-      else if (t.n == W) { V x = ME::full(q), y = ME::full(q + W); d0 = Shuffle<W>::even(x, y); d1 = Shuffle<W>::odd(x, y); }
-      else { d0 = V{}; for (int l = 0; l < t.n; l++) { d0[l] = one(q + 2 * l); d1[l] = one(q + 2 * l + 1); } }
-      V yr = from<T>(k.yr[j]), yi = from<T>(k.yi[j]), gr = from<T>(k.gr[j]), gi = from<T>(k.gi[j]);
-      V h0 = yr * r, h1 = yi * r, e0 = d0 * h0, e1 = d1 * h1, sr = silu * r;
-      sum.w0 += e0 * silu; sum.w1 += e1 * silu;
-      ME::stream(dh + at * s.F + s.P() + t.c, (e0 * w0 + e1 * w1) * (sg[e] + silu * (1 - sg[e])), t.n, past);
-      V y0 = d0 * w0 * sr - h0 * mean, y1 = s.feat == 2 ? d1 * w1 * sr - h1 * mean : V{};
+  template <bool CUT, int P, int K> void rows_back(const Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I i, const T* m, const V (*w)[2], I ahead) const {   // rows i .. i+K-1 of P tiles, the last first
+    const bool past = far(s.F); V gate[P][K], sg[P][K];
+    _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+      EACH { const I at = b * s.N + t0 + i + e, c = t[x].c; if (ahead) { soon(h + b * hb + (t0 + i + e - ahead) * hn + s.P() + c); for (int f = 0; f < s.feat; f++) { soon(dout + ((at - ahead) * s.C + c) * s.feat + f * W); soon(out + ((at - ahead) * s.C + c) * s.feat + f * W); } }
+        gate[x][e] = sg[x][e] = row(b, t0 + i + e, s.nin, c, t[x].n); }
+      sigmoids<K>(sg[x]);
+    }
+    _Pragma("GCC unroll 4") for (int e = K - 1; e >= 0; e--) _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+      const I j = i + e, at = b * s.N + t0 + j, c = t[x].c; const int n = t[x].n; const T r = rinv[at], mean = m[j] / (s.feat * s.C) * r; const M* q = dout + at * s.feat * s.C + s.feat * c; Adj& A = a[x];
+      V d0, d1 = {}, silu = gate[x][e] * sg[x][e];
+      if (s.feat == 1) d0 = ME::ld(q, n);
+      else if (n == W) { V u = ME::full(q), v = ME::full(q + W); d0 = Shuffle<W>::even(u, v); d1 = Shuffle<W>::odd(u, v); }
+      else { d0 = V{}; for (int l = 0; l < n; l++) { d0[l] = one(q + 2 * l); d1[l] = one(q + 2 * l + 1); } }
+      V yr = from<T>(k[x].yr[j]), yi = from<T>(k[x].yi[j]), gr = from<T>(k[x].gr[j]), gi = from<T>(k[x].gi[j]);
+      V h0 = yr * r, h1 = yi * r, v0 = d0 * w[x][0], v1 = d1 * w[x][1], sr = silu * r;
+      A.sum.w0 += d0 * (h0 * silu); A.sum.w1 += d1 * (h1 * silu);
+      ME::stream(dh + at * s.F + s.P() + c, (v0 * h0 + v1 * h1) * (sg[x][e] + silu * (1 - sg[x][e])), n, past);
+      V y0 = v0 * sr - h0 * mean, y1 = s.feat == 2 ? v1 * sr - h1 * mean : V{};
       const V bond = V{} + (CUT ? cu.bond[j + 1] : T(1)); const Z gc = {gr, -gi}, yc = {yr, -yi};
-      a.P = mix_adjoint(gc, Z{y0, y1}, a.P, bond); a.L = pivot_adjoint(gc, CUT ? a.L * bond : a.L) - yc * a.P;   // the bond is 0 or 1, so t^2 = t
-      sum.E -= a.L.re; sum.eta -= a.L.im;
-      V u = from<T>(k.pre[0][j]), x = a.P.re * t.scale;
-      if (s.act) { V su = from<T>(k.su[j]); u = u * su; x = x * (su + u * (1 - su)); }
-      sum.scale += a.P.re * u; to<T>(k.pre[0][j], x);
-      if (iw > 0) { V dp = -a.L.im * from<T>(k.sw[j]); sum.bias += dp; to<T>(k.pre[iw][j], dp); }
-      if (iv > 0) { V th = from<T>(k.v[j]) / T(s.vmax); to<T>(k.pre[iv][j], a.L.re * T(s.vmax) * (1 - th * th)); }
+      A.P = mix_adjoint(gc, Z{y0, y1}, A.P, bond); A.L = pivot_adjoint(gc, CUT ? A.L * bond : A.L) - yc * A.P;   // the bond is 0 or 1, so t^2 = t
+      A.sum.E -= A.L.re; A.sum.eta -= A.L.im;
+      V u = from<T>(k[x].pre[0][j]), z = A.P.re * t[x].scale;
+      if (s.act) { V su = from<T>(k[x].su[j]); u = u * su; z = z * (su + u * (1 - su)); }
+      A.sum.scale += A.P.re * u; to<T>(k[x].pre[0][j], z);
+      if (iw > 0) { V dp = -A.L.im * from<T>(k[x].sw[j]); A.sum.bias += dp; to<T>(k[x].pre[iw][j], dp); }
+      if (iv > 0) { V th = from<T>(k[x].v[j]) / T(s.vmax); to<T>(k[x].pre[iv][j], A.L.re * T(s.vmax) * (1 - th * th)); }
     }
   }
   template <bool CUT, int P> void back(Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I t1, I ahead, const T* m, double* sum) const {
-    for (int x = 0; x < P; x++) { load(t[x], kept(b, t0, t[x].c)); begin<true>(t[x], k[x], b, t0); }
+    V w[P][2];
+    for (int x = 0; x < P; x++) {
+      load(t[x], kept(b, t0, t[x].c)); begin<true>(t[x], k[x], b, t0);
+      const I c = t[x].c; const int n = t[x].n; V& w0 = w[x][0]; V& w1 = w[x][1]; w0 = w1 = V{};
+      if (s.feat == 1) w0 = MT::ld(wt + c, n);
+      else if (n == W) { V p = from<T>(wt + 2 * c), q = from<T>(wt + 2 * c + W); w0 = Shuffle<W>::even(p, q); w1 = Shuffle<W>::odd(p, q); }
+      else for (int i = 0; i < n; i++) { w0[i] = wt[2 * (c + i)]; w1[i] = wt[2 * (c + i) + 1]; }
+    }
     auto emit = [&](int x, I i, Z g, Z y) { to<T>(k[x].gr[i], g.re); to<T>(k[x].gi[i], g.im); to<T>(k[x].yr[i], y.re); to<T>(k[x].yi[i], y.im); };
     const M* q = h + b * hb + t0 * hn + t[0].c; I j = 0;
     for (; j + 4 <= t1 - t0; j += 4) rows<true, CUT, P, 4>(t, k, cu, q + j * hn, j, -ahead, emit);
     for (; j < t1 - t0; j++) rows<true, CUT, P, 1>(t, k, cu, q + j * hn, j, 0, emit);
+    I i = t1 - t0; for (; i % 4; i--) rows_back<CUT, P, 1>(t, a, k, cu, b, t0, i - 1, m, w, 0);
+    for (; i; i -= 4) rows_back<CUT, P, 4>(t, a, k, cu, b, t0, i - 4, m, w, ahead);
     for (int x = 0; x < P; x++) {
-      const I c = t[x].c; const int n = t[x].n; V w0, w1 = {}; Sum z = {}; Adj own = a[x];
-      if (s.feat == 2 && n == W) { V p = from<T>(wt + 2 * c), q = from<T>(wt + 2 * c + W); w0 = Shuffle<W>::even(p, q); w1 = Shuffle<W>::odd(p, q); }
-      else if (s.feat == 2) { w0 = V{}; for (int i = 0; i < n; i++) { w0[i] = wt[2 * (c + i)]; w1[i] = wt[2 * (c + i) + 1]; } }
-      else w0 = MT::ld(wt + c, n);
-      I i = t1 - t0; for (; i % 4; i--) rows_back<CUT, 1>(t[x], own, k[x], cu, b, t0, i - 1, m, w0, w1, z, 0);
-      for (; i; i -= 4) rows_back<CUT, 4>(t[x], own, k[x], cu, b, t0, i - 4, m, w0, w1, z, ahead);
-      for (int p = 0; p < s.nin; p++) conv_back<CUT>(t[x], own, k[x], cu, b, t0, t1 - t0, p, sum);
-      a[x] = own; const I at = CW * s.nin; add(sum, at, c, z.bias, n); add(sum, at + 1, c, z.scale, n); add(sum, at + 2, c, z.E, n); add(sum, at + 3, c, z.eta, n);
-      add(sum, at + 4, c, z.w0, n); if (s.feat == 2) add(sum, at + 5, c, z.w1, n);
+      for (int p = 0; p < s.nin; p++) conv_back<CUT>(t[x], a[x], k[x], cu, b, t0, t1 - t0, p);
+      if (t0 % 256 == 0) add(sum, t[x], a[x].sum);
     }
   }
 '''
