@@ -196,9 +196,13 @@ static inline Lanes<float>::V from_(const bf16* p) {
   return (Lanes<float>::V)(__builtin_convertvector(*(const typename S::U*)p, typename L::V) << 16);
 }
 static inline void to_(bf16* p, Lanes<float>::V x) {   // to nearest, ties to even; NaN stays NaN
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  __m256bh r = _mm512_cvtneps_pbh((__m512)x); std::memcpy(p, &r, sizeof r);
+#else
   enum { W = Lanes<float>::W }; typedef Vec<uint16_t, W> S; typedef Vec<uint32_t, W> L; typedef typename L::V U;
   U b = (U)x, r = (b + 0x7fff + ((b >> 16) & 1)) >> 16; U nan = (U)(x != x);
   *(typename S::U*)p = __builtin_convertvector((r & ~nan) | (nan & 0x7fc0), typename S::V);
+#endif
 }
 static inline float one(const bf16* p) { uint32_t b = (uint32_t)p->bits << 16; float f; std::memcpy(&f, &b, 4); return f; }
 static inline void put(bf16* p, float x) { uint32_t b; std::memcpy(&b, &x, 4); p->bits = x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16; }
@@ -320,7 +324,7 @@ template <class T, class M> struct Layer {
   typedef T Buf[ROWS][W]; typedef Mem<T, M> ME; typedef Mem<T, T> MT;
   Shape s; int iw, iv;                                // which column block holds w and v; -1 = none
   const M *h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *bias, *E, *eta, *scale, *wt;
-  M* out; T* rinv; double *ck, *g1; const double* g0;  // ck: states at the blocks, (B, blocks, 4, C) of T; g0, g1: first and last, (B, C, 4) doubles: g, y
+  M* out; T *rinv, *ck; double* g1; const double* g0; // ck: states at the blocks, (B, blocks, 4, C); g0, g1: first and last, (B, C, 4): g, y
   const M* dout; M* dh; T* grads; double* sums;       // grads: taps (CW, nin C), bias, scale, E, eta (C), weight (feat C); sums: the same per thread, weight by features
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; } I blocks() const { return (s.N + ROWS - 1) / ROWS; }
 
@@ -342,7 +346,7 @@ CPP_LAYER += r'''
   void close(const Tile& t, I b) const {
     for (int l = 0; l < t.n; l++) { double* q = g1 + (b * s.C + t.c + l) * 4; q[0] = t.g.re[l]; q[1] = t.g.im[l]; q[2] = t.y.re[l]; q[3] = t.y.im[l]; }
   }
-  T* kept(I b, I t0, I c) const { return (T*)ck + (b * blocks() + t0 / ROWS) * 4 * s.C + c; }
+  T* kept(I b, I t0, I c) const { return ck + (b * blocks() + t0 / ROWS) * 4 * s.C + c; }
   void save(const Tile& t, T* q) const { MT::st(q, t.g.re, t.n); MT::st(q + s.C, t.g.im, t.n); MT::st(q + 2 * s.C, t.y.re, t.n); MT::st(q + 3 * s.C, t.y.im, t.n); }
   void load(Tile& t, const T* q) const { t.g = {MT::ld(q, t.n), MT::ld(q + s.C, t.n)}; t.y = {MT::ld(q + 2 * s.C, t.n), MT::ld(q + 3 * s.C, t.n)}; }
   void cuts(Cuts& k, I b, I t0, I t1) const {
@@ -606,7 +610,7 @@ template <class T, class M> int layer(const I* a, bool back) {
   Layer<T, M> l; l.s = {a[0], a[1], a[2], a[3], (int)a[4], (int)a[5], (int)a[6], (int)a[7], *(double*)a[11], *(double*)a[12]};
   l.iw = a[8] ? 1 : -1; l.iv = a[9] ? 1 + (int)a[8] : -1; const I* q = a + 13;
   l.h = (const M*)q[0]; l.hb = q[1]; l.hn = q[2]; l.past = (const M*)q[3]; l.cut = (const uint8_t*)q[4]; l.taps = (const T*)q[5]; l.bias = (const T*)q[6];
-  l.E = (const T*)q[7]; l.eta = (const T*)q[8]; l.scale = (const T*)q[9]; l.wt = (const T*)q[10]; l.out = (M*)q[11]; l.rinv = (T*)q[12]; l.ck = (double*)q[13];
+  l.E = (const T*)q[7]; l.eta = (const T*)q[8]; l.scale = (const T*)q[9]; l.wt = (const T*)q[10]; l.out = (M*)q[11]; l.rinv = (T*)q[12]; l.ck = (T*)q[13];
   l.g0 = (const double*)q[14]; l.g1 = (double*)q[15]; l.dout = (const M*)q[16]; l.dh = (M*)q[17]; l.grads = (T*)q[18];
   if (!l.s.B || !l.s.N) { if (back) std::fill(l.grads, l.grads + l.n_sums(), T(0)); return 0; }
   back ? l.backward() : l.forward(); return 0;
@@ -623,7 +627,6 @@ extern "C" int bk_layer_backward(const I* a) { return a[10] == 0 ? layer<float, 
 # %% ../nbs/02_mixers.ipynb #c0049
 LAYER = CppLibrary('bk_layer', CPP_LANES + CPP_MATH + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
 OptT = Optional[Tensor]
-_ROWS = 32   # tokens per block in the kernel
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 def _layer_call(name, h, taps, bias, v_max, eps, features, act, has_v, *tensors):
@@ -633,11 +636,15 @@ def _layer_call(name, h, taps, bias, v_max, eps, features, act, has_v, *tensors)
             h.data_ptr(), h.stride(0), h.stride(1), *(0 if t is None else t.data_ptr() for t in tensors)]
     getattr(LAYER.load(), name)((ctypes.c_int64*len(args))(*args))
 
+def _kept(h, scale): # room for the states at the blocks of tokens; the kernels of `10` keep theirs in double
+    (B,N,_), C, rows = h.shape, scale.shape[0], 32 if scale.dtype == torch.float64 or h.device.type != 'cpu' else 16
+    return scale.new_empty(B, (N + rows - 1)//rows, 4, C) if h.device.type == 'cpu' else h.new_empty(B, (N + rows - 1)//rows, C, 4, dtype=torch.float64)
+
 def _layer(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v, keep=True):
     "Forward on the CPU: output, 1/r, the states at the blocks, the state at the end."
     B,N,_ = h.shape; C = len(scale); f = scale.dtype
     out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
-    r, kept = (h.new_empty(B, N, dtype=f), h.new_empty(B, -(-N//_ROWS), C, 4, dtype=torch.float64)) if keep else (None, None)
+    r, kept = (h.new_empty(B, N, dtype=f), _kept(h, scale)) if keep else (None, None)
     _layer_call('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None, None)
     return out, r, kept, end
 
@@ -657,7 +664,7 @@ def layer_op(h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, s
 @layer_op.register_fake
 def _(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_v):
     B,N,_ = h.shape; C = scale.shape[0]
-    return h.new_empty(B, N, features*C), h.new_empty(B, N, dtype=scale.dtype), h.new_empty(B, (N + _ROWS - 1)//_ROWS, C, 4, dtype=torch.float64)
+    return h.new_empty(B, N, features*C), h.new_empty(B, N, dtype=scale.dtype), _kept(h, scale)
 
 @torch.library.custom_op('resnet_bk::layer_backward', mutates_args=(), device_types='cpu')
 def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor, out:Tensor, r:Tensor, kept:Tensor,
@@ -970,7 +977,7 @@ template <class T, class M> struct Attention {
   I B, N, H, d, F; int threads; double eps;
   const M *h; I hb, hn; const uint8_t* cut; const T *taps, *la, *wt; M* out; T *r, *kept, *end; const T* S0; const M* past;
   const M* dout; M* dh; T *dla, *grads; double* sums;  // grads: taps (CW, 3D), weight (d); sums: the same per thread
-  I D() const { return H * d; } I chunks() const { return (N + Q - 1) / Q; }
+  I D() const { return H * d; } bool far(I width) const { return B * N * width * (I)sizeof(M) > (I)(8 << 20); } I chunks() const { return (N + Q - 1) / Q; } T* state(I task, I k) const { return kept + (task * (chunks() - 1) + k - 1) * d * d; }   // before chunk k > 0
   struct Room {
     alignas(64) V rows[Q], square[2][Q]; T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay; bool cuts;
     std::vector<T> mem; T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed, *before, *dw, *dtaps;
@@ -1079,9 +1086,10 @@ CPP_ATTENTION += r'''
     for (; i < n; i++) gate_rows<1>(o, z + i * hn, y + i * D(), i);
   }
   template <int K> void gate_rows(Room& o, const M* z, M* y, I i) const {
+    const bool past = far(D());
     for (I c = 0; c < d; c += W) {
       V g[K], sg[K]; EACH g[e] = sg[e] = ME::full(z + e * hn + c); sigmoids<K>(sg);
-      EACH ME::store(y + e * D() + c, from<T>(o.Y + (i + e) * d + c) * (from<T>(wt + c) * o.inv[i + e]) * (g[e] * sg[e]));
+      EACH ME::stream(y + e * D() + c, from<T>(o.Y + (i + e) * d + c) * (from<T>(wt + c) * o.inv[i + e]) * (g[e] * sg[e]), W, past);
     }
   }
   void forward() const {
@@ -1095,12 +1103,13 @@ CPP_ATTENTION += r'''
         for (I t0 = 0; t0 < N; t0 += Q) {
           I n = std::min<I>(Q, N - t0); const M* soon = t0 + Q < N ? at(task, t0 + Q) : at(task + 1, 0);
           load<false>(o, b, hd, t0, n, soon);
-          if (kept && have) std::copy(o.S, o.S + d * d, kept + (task * chunks() + t0 / Q) * d * d);
+          if (kept && t0) std::copy(o.S, o.S + d * d, state(task, t0 / Q));
           chunk(o, n, o.S, have); gate(o, b, hd, t0, n, soon);
           if (end || t0 + Q < N) { advance(o, n, have); have = true; }
         }
         if (end) std::copy(o.S, o.S + d * d, end + task * d * d);
       }
+      drain();
     }
   }
 '''
@@ -1109,13 +1118,13 @@ CPP_ATTENTION += r'''
 CPP_ATTENTION_BACKWARD = r'''
   static void gather(double* sum, T* x, I n) { for (I i = 0; i < n; i += Simd<double>::W) { st<double>(sum + i, ld<double>(sum + i) + ld<double>(x + i)); st<double>(x + i, typename Simd<double>::V{}); } }   // sum += x, x = 0
   template <int K> void gate_rows_back(Room& o, I b, I hd, I t0, I i, I c, I soon) const {
-    const I at = (b * N + t0 + i) * D() + hd * d + c; const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c; const V w = from<T>(wt + c);
+    const bool past = far(F); const I at = (b * N + t0 + i) * D() + hd * d + c; const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c; const V w = from<T>(wt + c);
     V x[K], sg[K], dw = from<T>(o.dw + c); EACH x[e] = sg[e] = ME::full(z + e * hn); sigmoids<K>(sg);
     EACH {
       __builtin_prefetch((const char*)(dout + at + (e + soon) * D()), 0, 2); __builtin_prefetch((const char*)(out + at + (e + soon) * D()), 0, 2); __builtin_prefetch((const char*)(z + (e + soon) * hn), 0, 2);
       const T inv = r[(b * N + t0 + i + e) * H + hd], m = o.inv[i + e] / d * inv;
       V silu = x[e] * sg[e], y = from<T>(o.Y + (i + e) * d + c) * inv, gd = ME::full(dout + at + e * D()), ey = gd * y, gw = gd * w;
-      ME::store(dh + (b * N + t0 + i + e) * F + 3 * D() + hd * d + c, y * gw * (sg[e] + silu * (1 - sg[e])));
+      ME::stream(dh + (b * N + t0 + i + e) * F + 3 * D() + hd * d + c, y * gw * (sg[e] + silu * (1 - sg[e])), W, past);
       dw += ey * silu; to<T>(o.dY + (i + e) * d + c, gw * silu * inv - y * m);
     }
     to<T>(o.dw + c, dw);
@@ -1182,7 +1191,7 @@ CPP_ATTENTION_BACKWARD += r'''
       EACH { V z = CUT ? g[e] * o.ok[i + e][j] : g[e]; ft += z * x[CW - 1 + e - j]; w[CW - 1 + e - j] += z * fj; }
       to<T>(dt + j * d, ft);
     }
-    EACH ME::store(dh + (b * N + t0 + i + e) * F + col, w[CW - 1 + e]);
+    const bool past = far(F); EACH ME::stream(dh + (b * N + t0 + i + e) * F + col, w[CW - 1 + e], W, past);
     for (int j = 0; j < CW - 1; j++) to<T>(owed + j * d, w[j]);
   }
   template <bool CUT> void inputs_back(Room& o, I b, I hd, I t0, I n) const {
@@ -1210,12 +1219,13 @@ CPP_ATTENTION_BACKWARD += r'''
       for (I task = 0; task < B * H; task++) {
         I b = task / H, hd = task % H; std::fill(o.owed, o.owed + 3 * CW * d, T(0));
         for (I k = chunks() - 1; k >= 0; k--) {
-          const I t0 = k * Q, n = std::min<I>(Q, N - t0); const bool have = k > 0, later = k < chunks() - 1; const T* S = kept + (task * chunks() + k) * d * d;
+          const I t0 = k * Q, n = std::min<I>(Q, N - t0); const bool have = k > 0, later = k < chunks() - 1; const T* S = state(task, k);
           const M* soon = k ? at(task, t0 - Q) : at(task + 1, (chunks() - 1) * Q); load<true>(o, b, hd, t0, n, soon); chunk(o, n, S, have);
           gate_back(o, b, hd, t0, n, sum, k ? -Q : 0); chunk_back(o, n, S, have, later); load_back(o, b, hd, t0, n, sum);
           for (I i = 0; i < n; i++) dla[(b * N + t0 + i) * H + hd] = o.da[i];
         }
       }
+      drain();
     }
   }
 };
@@ -1250,11 +1260,15 @@ def _attention_call(name, h, taps, log_g, weight, eps, *tensors):
     args = [B, N, H, len(weight), F_, torch.get_num_threads(), _TYPES[h.dtype], ctypes.addressof(num), h.data_ptr(), h.stride(0), h.stride(1), *(0 if t is None else t.data_ptr() for t in tensors)]
     getattr(ATTENTION.load(), name)((ctypes.c_int64*len(args))(*args))
 
+def _kept_states(h, H, weight): # room for the states before the chunks; the first is zero, which the CPU kernel knows
+    (B,N,_), d, first = h.shape, weight.shape[0], int(h.device.type == 'cpu')
+    return weight.new_empty(B, H, (max(N, 1) + 63)//64 - first if first else (N + 63)//64, d, d)
+
 def _attend(h, past, cut, taps, log_g, weight, S, eps, keep=True):
     "Forward on the CPU: output, 1/r per head, the states at the chunks, the state at the end."
     B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype
     out, end = h.new_empty(B, N, H*d), None if keep else h.new_zeros(B, H, d, d, dtype=f)
-    r, kept = (h.new_empty(B, N, H, dtype=f), h.new_empty(B, H, -(-N//64), d, d, dtype=f)) if keep else (None, None)
+    r, kept = (h.new_empty(B, N, H, dtype=f), _kept_states(h, H, weight)) if keep else (None, None)
     _attention_call('bk_attention', h, taps, log_g, weight, eps, past, cut, taps, log_g, weight, out, r, kept, S, end, None, None, None, None)
     return out, r, kept, end
 
@@ -1274,7 +1288,7 @@ def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, e
 @attention_op.register_fake
 def _(h, cut, taps, log_g, weight, eps):
     B,N,_ = h.shape; H, d, f = log_g.shape[2], weight.shape[0], weight.dtype
-    return h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=f), h.new_empty(B, H, (N + 63)//64, d, d, dtype=f)
+    return h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=f), _kept_states(h, H, weight)
 
 @torch.library.custom_op('resnet_bk::attention_backward', mutates_args=(), device_types='cpu')
 def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, out:Tensor, r:Tensor, kept:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
