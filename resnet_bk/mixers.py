@@ -973,7 +973,7 @@ template <class T, class M> struct Decays {
 # %% ../nbs/02_mixers.ipynb #c0074
 CPP_ATTENTION += r'''
 template <class T, class M> struct Attention {
-  typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64, CW = 4 };
+  typedef typename Lanes<T>::V V; typedef Mem<T, M> ME; typedef Mem<T, T> MT; enum { W = Lanes<T>::W, Q = 64, CW = 4, L = W < 4 ? 4 : W };   // L: rows come in fours and in vectors
   I B, N, H, d, F; int threads; double eps;
   const M *h; I hb, hn; const uint8_t* cut; const T *taps, *la, *wt; M* out; T *r, *kept, *end; const T* S0; const M* past;
   const M* dout; M* dh; T *dla, *grads; double* sums;  // grads: taps (CW, 3D), weight (d); sums: the same per thread
@@ -1043,7 +1043,7 @@ CPP_ATTENTION += r'''
         for (I i = 0; i < Q; i++) o.norm[p][i] = 1 / std::max(std::sqrt(o.norm[p][i]), T(1e-12));
         scale(o.x[p], o.x[p], o.norm[p], n, d);
       }
-      for (I i = n * d; i < up(n, W) * d; i++) o.x[p][i] = 0;
+      for (I i = n * d; i < up(n, L) * d; i++) o.x[p][i] = 0;
     }
   }
   static void scale(T* out, const T* x, const T* by, I rows, I d) { for (I i = 0; i < rows; i++) { const V s = V{} + by[i]; for (I c = 0; c < d; c += W) to<T>(out + i * d + c, from<T>(x + i * d + c) * s); } }
@@ -1054,7 +1054,7 @@ CPP_ATTENTION += r'''
 CPP_ATTENTION += r'''
   static V lanes(I j) { V x; for (int l = 0; l < W; l++) x[l] = T(j + l); return x; }
   void chunk(Room& o, I n, const T* S, bool have) const {
-    const I R = up(n, 4), RW = up(n, W); flip<T>(RW, d, o.x[1], o.kt, Q); mm<T>(LOWER, R, RW, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
+    const I R = up(n, 4), RW = up(n, L); flip<T>(RW, d, o.x[1], o.kt, Q); mm<T>(LOWER, R, RW, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
     for (I i = 0; i < R; i += 4) for (I j = 0, last = up(i + 4, W); j < last; j += W) {
       V x[4], zero = {}; const V base = from<T>(o.A + j) - from<T>(o.a + j), seg = from<T>(o.seg + j);
       for (int e = 0; e < 4; e++) x[e] = clamped(o.A[i + e] - base);
@@ -1137,7 +1137,7 @@ CPP_ATTENTION_BACKWARD = r'''
     for (; i + 4 <= n; i += 4) for (I c = 0; c < d; c += W) gate_rows_back<4>(o, b, hd, t0, i, c, soon);
     for (; i < n; i++) for (I c = 0; c < d; c += W) gate_rows_back<1>(o, b, hd, t0, i, c, soon);
     gather(sum + 3 * CW * D(), o.dw, d);
-    for (I i = n * d; i < up(n, W) * d; i++) o.dY[i] = 0;
+    for (I i = n * d; i < up(n, L) * d; i++) o.dY[i] = 0;
   }
 '''
 
@@ -1148,7 +1148,7 @@ CPP_ATTENTION_BACKWARD += r'''
     for (I i = rows; i < Q; i++) o.rows[i] = V{};
   }
   void chunk_back(Room& o, I n, const T* S, bool have, bool later) const {       // E holds |G|, P the weighted products, dS the gradient of the state after the chunk
-    const I R = up(n, 4), RW = up(n, W); std::fill(o.dA, o.dA + Q, T(0)); std::fill(o.da, o.da + Q, T(0));   // da: gradient of A_j - a_j
+    const I R = up(n, 4), RW = up(n, L); std::fill(o.dA, o.dA + Q, T(0)); std::fill(o.da, o.da + Q, T(0));   // da: gradient of A_j - a_j
     if (later) { mm<T>(ALL, R, d, d, o.x[1], d, 1, o.dS, d, o.dx[2], d, false); scale(o.dx[2], o.dx[2], o.end, R, d); }        // dV = end K dS + P^T dY
     mm<T>(FROM, R, d, R, o.P, 1, Q, o.dY, d, o.dx[2], d, later);
     if (have) {
