@@ -1,4 +1,4 @@
-"README.md is nbs/index.ipynb as Markdown: text as it stands, of the code only its printed output. `python .ci/readme.py` writes it; a test compares."
+"README.md is nbs/index.ipynb as Markdown: text and examples as they stand, of the code behind the tables only what it printed. `python .ci/readme.py` writes it; a test compares."
 import json, re
 from pathlib import Path
 
@@ -12,6 +12,7 @@ def readme():
         elif c['cell_type'] == 'code' and '#| echo: false' in src:
             text = ''.join(''.join(o.get('text', [])) for o in c['outputs'] if o['output_type'] == 'stream').strip('\n')
             if text: parts.append(f'```\n{text}\n```')
+        elif '#| hide' not in src: parts.append(f'```python\n{src}\n```')
     text = '\n\n'.join(parts) + '\n'
     return re.sub(r'\]\((images/|\d\d_\w+\.ipynb)', r'](nbs/\1', text)    # paths as seen from the top
 
