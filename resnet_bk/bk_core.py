@@ -442,7 +442,8 @@ CPP_SWEEP = r'''
 template <class T> void plan(Job<T>& j) {              // chunks where rows are too few for the threads, or chains too few for the lanes
   const I W = Simd<double>::W, rows = j.C >= W ? bk_min_rows : bk_min_rows / 8; j.K = 1; j.len = j.N;
   if (!j.B || !j.C || j.N < 2 * rows) return;
-  I want = j.C >= W ? (j.B < j.threads ? j.threads : 1) : j.B * j.C < W * j.threads ? (2 * W * j.threads + j.B * j.C - 1) / (j.B * j.C) : 1;
+  I want = j.C >= W ? (j.B < j.threads && j.B * ((j.C + W - 1) / W) < 8 * j.threads ? j.threads : 1) :   // many vectors a row: threads share them, at no risk
+     j.B * j.C < W * j.threads ? (2 * W * j.threads + j.B * j.C - 1) / (j.B * j.C) : 1;
   j.K = std::min(want, j.N / rows); j.len = (j.N + j.K - 1) / j.K; j.K = (j.N + j.len - 1) / j.len;
 }
 // Runs a body over whole rows. guess = false: not, because it would fail. check = false: give up instead of running a chunk again. Returns whether no chunk needed it.
@@ -610,7 +611,7 @@ CPP_ENTRY = r'''
 // Arguments arrive as one array of 64-bit integers: B, N, C, threads, off, E, eta, then per tensor (pointer, batch stride, row stride, rows).
 template <class T> struct Args {
   const I* a; int at = 7; bool shared = true;
-  Job<T> job() { Job<T> j = {a[0], a[1], a[2], 1, a[1], (int)a[3], (const T*)a[5], (const T*)a[6]}; plan(j); shared = j.K == 1 && j.B < j.threads; return j; }
+  Job<T> job() { Job<T> j = {a[0], a[1], a[2], 1, a[1], (int)a[3], (const T*)a[5], (const T*)a[6]}; plan(j); shared = j.B * j.K < j.threads || sizeof(T) * j.len * j.C < (4 << 20); return j; }
   Stream<T> s(int parts, T fill = 0) { const I* q = a + at; at += 4; return {(T*)q[0], q[1], q[2], q[3], parts, fill}; }
   Stream<T> o(int parts) { Stream<T> r = s(parts); if (r.p) fresh(r.p, sizeof(T) * ((a[0] - 1) * r.sb + (r.rows - 1) * r.sn + a[2] * parts), shared ? (int)a[3] : 1); return r; }   // a result
   T* ptr() { T* p = (T*)a[at]; at += 4; return p; }
