@@ -281,7 +281,7 @@ template <class T> std::vector<Tile<T>> tiles_of(const Job<T>& j, int W, I k0, I
   }
   return out;
 }
-struct Ends { const double* in; double *out, *start; };   // carried numbers per lane: before the first row (nullptr: 0), after the last; start: what a guessed chunk set out with
+struct Ends { const double* in; double *out, *start; bool all = false; };   // carried numbers per lane: before the first row (nullptr: 0), after the last; start: what a guessed chunk set out with; all: if one fails, all will be run again
 template <bool REV, class F> static inline void blocks(I from, I to, F f) {
   for (I k = 0, n = (to - from + STEPS - 1) / STEPS; k < n; k++) { I t0 = from + (REV ? n - 1 - k : k) * STEPS; f(t0, std::min<I>(to, t0 + STEPS)); }
 }
@@ -289,7 +289,7 @@ template <bool REV, class F> static inline void blocks(I from, I to, F f) {
 
 # %% ../nbs/01_bk_core.ipynb #c0049
 CPP_DRIVER += r'''
-template <class T, bool REV, class Body> bool guess(const Job<T>& j, const Tile<T>& tile, const Body& body, typename Body::State& s, T* scratch, double* start);
+template <class T, bool REV, class Body> bool guess(const Job<T>& j, const Tile<T>& tile, const Body& body, typename Body::State& s, T* scratch, Ends ends);
 // Runs one kernel over tiles: blocks of rows outside, the tiles of a task inside (so that memory is touched row by row), tasks over threads.
 template <class T, bool REV, class Body> void run(const Job<T>& j, const std::vector<Tile<T>>& tiles, const Body& body, Ends ends) {
   enum { W = Body::W, X = Body::X };
@@ -306,7 +306,7 @@ template <class T, bool REV, class Body> void run(const Job<T>& j, const std::ve
       for (I i = 0; i < count; i++) {
         auto& s = state[i]; body.init(j, tile[i], s);
         for (int a = 0; a < X; a++) { s.x[a] = Cx<typename Body::A>{}; if (ends.in) for (int l = 0; l < tile[i].n; l++) { const double* z = ends.in + 2 * (tile[i].lane[l] * X + a); s.x[a].re[l] = z[0]; s.x[a].im[l] = z[1]; } }
-        on[i] = !ends.start || guess<T, REV>(j, tile[i], body, s, scratch, ends.start);
+        on[i] = !ends.start || guess<T, REV>(j, tile[i], body, s, scratch, ends);
       }
       blocks<REV>(0, j.len, [&](I t0, I t1) { for (I i = 0; i < count; i++) if (on[i]) { Ctx<T> x = {&tile[i], t0, t1, scratch, j.quiet}; body.block(x, state[i]); } });
       for (I i = 0; i < count && ends.out; i++) for (int a = 0; a < X; a++) for (int l = 0; l < tile[i].n; l++) { double* z = ends.out + 2 * (tile[i].lane[l] * X + a); z[0] = state[i].x[a].re[l]; z[1] = state[i].x[a].im[l]; }
@@ -325,11 +325,11 @@ template <class T, class A> static inline double apart(double ar, double ai, dou
   return std::hypot(ar - br, ai - bi) / std::max(std::max(std::hypot(ar, ai), std::hypot(br, bi)), floor / tolerance<T, A>());
 }
 // The state at a chunk's first row by sweeping the rows before it. False (and NaN as start): it does not forget soon enough to be worth it.
-template <class T, bool REV, class Body> bool guess(const Job<T>& j, const Tile<T>& tile, const Body& body, typename Body::State& s, T* scratch, double* start) {
+template <class T, bool REV, class Body> bool guess(const Job<T>& j, const Tile<T>& tile, const Body& body, typename Body::State& s, T* scratch, Ends ends) {
   typedef typename Body::A A; enum { X = Body::X }; typename Body::State p, q; bool ok = true, known = true, some = false;
   auto first = [&](int l) { return tile.lane[l] / j.C % j.K == (REV ? j.K - 1 : 0); };   // begins its row: nothing to guess
   for (int l = 0; l < tile.n; l++) { known = known && first(l); some = some || first(l); }
-  const I most = std::max<I>(j.len / 32, std::min<I>(j.len, 128));
+  const I most = std::max<I>(j.len / (j.C < Body::W ? 4 : 32), std::min<I>(j.len, 128));   // many small chunks: the other way is dear, so try longer
   for (I m = std::min<I>(most, 128); !known;) {
     p = q = s;
     for (int a = 0; a < X; a++) { p.x[a] = Cx<A>{}; q.x[a] = p.x[a]; q.x[a].im += 1; }
@@ -338,15 +338,16 @@ template <class T, bool REV, class Body> bool guess(const Job<T>& j, const Tile<
     for (int l = 0; l < tile.n; l++) if (!first(l)) for (int a = 0; a < X; a++) { double d = apart<T, A>(p.x[a].re[l], p.x[a].im[l], q.x[a].re[l], q.x[a].im[l]); if (d > worst || d != d) worst = d; }
     known = worst <= tolerance<T, A>();
     if (!known && !(m < most)) { ok = false; break; }
-    double want = worst < 1 ? m * std::log(tolerance<T, A>()) / std::log(worst) : 8. * m;   // forgetting is geometric
+    double want = worst < 1 ? m * std::log(tolerance<T, A>()) / std::log(worst) : 1e9;   // forgetting is geometric
+    if (m > 512 && want > 2. * most) { ok = false; break; }
     m = std::min<I>(most, (I)std::min(8. * m, std::max(2. * m, 1.2 * want)));
   }
   for (int a = 0; a < X; a++) for (int l = 0; l < tile.n; l++) {
-    double* z = start + 2 * (tile.lane[l] * X + a);
+    double* z = ends.start + 2 * (tile.lane[l] * X + a);
     if (!first(l)) { s.x[a].re[l] = p.x[a].re[l]; s.x[a].im[l] = p.x[a].im[l]; }
     z[0] = ok ? (double)s.x[a].re[l] : NAN; z[1] = s.x[a].im[l];
   }
-  return ok || some;
+  return ok || (some && !ends.all);
 }
 '''
 
@@ -395,12 +396,13 @@ template <class T, bool REV> struct Chunk { typedef double A; typedef typename S
     for (I k = 0, n = x.t1 - x.t0; k < n; k++) {
       I i = REV ? n - 1 - k : k;
       V t = ld<A>(rt.at(i)), ui = ld<A>(ru.at(i)), m = V{}; Cx<A> a = {base + ld<A>(rv.at(i)), -(s.z.eta + ld<A>(rw.at(i)))};
-      for (Cx<A>* c : {s.x, s.x + 3}) {
-        Cx<A> p = a * c[0] - c[1] * (t * t);
-        c[2] = c[0] * ui - c[2] * t; c[1] = c[0]; c[0] = p; m += p.re * p.re + p.im * p.im + c[1].re * c[1].re + c[1].im * c[1].im;
+      for (int c = 0; c < 6; c += 3) {
+        Cx<A> p = a * s.x[c] - s.x[c + 1] * (t * t);
+        s.x[c + 2] = s.x[c] * ui - s.x[c + 2] * t; s.x[c + 1] = s.x[c]; s.x[c] = p;
       }
       s.x[6].re = -(s.x[6].re * t);
       if (k % 4 == 3 || k == n - 1) { // keep the columns near one: only ratios matter
+        for (int c : {0, 1, 3, 4}) m += s.x[c].re * s.x[c].re + s.x[c].im * s.x[c].im;
         for (int l = 0; l < W; l++) m[l] = 1 / __builtin_sqrt(m[l]);
         for (Cx<A>& c : s.x) c = c * m;
       }
@@ -456,7 +458,7 @@ template <class T, bool REV, class Body> bool sweep(Job<T> j, const Body& body, 
   if (!guess && !composed(j.K)) { j.K = 1; j.len = j.N; j.pad = 0; return sweep<T, REV>(j, body, given, left); }
   std::vector<Z> in(all), out(all), start(all); bool sure = true;
   auto at = [&](std::vector<Z>& z, I b, I step) { return z.data() + (b * j.K + (REV ? j.K - 1 - step : step)) * n; };   // the states of a chunk, in the order of the sweep
-  auto go = [&](const std::vector<Tile<T>>& t, bool g) { run<T, REV>(j, t, body, {(double*)in.data(), (double*)out.data(), g ? (double*)start.data() : nullptr}); };
+  auto go = [&](const std::vector<Tile<T>>& t, bool g) { run<T, REV>(j, t, body, {(double*)in.data(), (double*)out.data(), g ? (double*)start.data() : nullptr, composed(j.K - 1)}); };
   for (I b = 0; b < j.B && given; b++) std::copy_n(given + b * n, n, at(in, b, 0));
   if (!guess) incoming<T, REV>(j, body, in.data());
   go(tiles, guess);
