@@ -11,11 +11,11 @@ __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', '
 import json, math, os, platform, subprocess, sys, time, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .bk_core import resolvent_mix, time_together
+from .bk_core import keep_memory, resolvent_mix, time_together
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import ModelConfig, ResNetBK, init_unigram
-from .learner import Learner, MoEBalance, keep_memory
+from .learner import Learner, MoEBalance
 from .moe import expert_usage, moe_layers, plot_usage, unused_experts
 
 # %% ../nbs/15_benchmarks.ipynb #c0007

@@ -7,7 +7,7 @@ __all__ = ['CPP_STEPS', 'CPP_LANES', 'CPP_STREAMS', 'CPP_DRIVER', 'CPP_GUESS', '
            'CPP_SCAN_BACKWARD', 'CPP_TWO_SIDED_BACKWARD', 'CPP_ENTRY', 'CORE', 'BACKENDS', 'OptT', 'dense_resolvent',
            'CppLibrary', 'Reference', 'Cpp', 'scan_op', 'scan_backward_op', 'diag_op', 'diag_backward_op', 'solve_op',
            'solve_backward_op', 'resolvent_diag', 'resolvent_mix', 'get_tridiagonal_inverse_diagonal',
-           'vmapped_get_diag', 'time_together']
+           'vmapped_get_diag', 'keep_memory', 'time_together']
 
 # %% ../nbs/01_bk_core.ipynb #c0004
 import ctypes, hashlib, importlib, inspect, os, platform, shutil, sys, tempfile, threading, time, warnings
@@ -1120,6 +1120,14 @@ def vmapped_get_diag(
     for i in range(len(l)): l[i] = d[:,i] - (k[:,i-1]/l[i-1] if i else 0)
     for i in reversed(range(len(l))): r[i] = d[:,i] - (k[:,i]/r[i+1] if i < len(l)-1 else 0)
     return 1/(torch.stack(l, 1) + torch.stack(r, 1) - d)
+
+# %% ../nbs/01_bk_core.ipynb #51b40b19
+def keep_memory()->bool: # whether the C library took the advice
+    "Let malloc keep what a training step frees instead of returning it to the system (glibc's `mallopt`; elsewhere nothing happens)."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False
+    TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
+    return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**26), mallopt(MMAP_THRESHOLD, 2**25)])
 
 # %% ../nbs/01_bk_core.ipynb #c0123
 def time_together(fns:dict, # name -> function of no arguments

@@ -247,7 +247,7 @@ static inline VF at_least(VF a, VF x) { return x < a ? a : x; }
 static inline VF at_most(VF a, VF x) { return x > a ? a : x; }
 static inline VF estimate(VF x) { return 1 / x; }
 #endif
-// 1/x: the processor's estimate (12 or 14 bits) and a Newton step; the divider would take longer than all the rest of a row. Zero and infinity give NaN.
+// 1/x: the processor's estimate (12 or 14 bits) and a Newton step, for a fraction of the divider's time. Zero and infinity give NaN.
 template <int K> static inline void rcps(VF* x) { VF r[K]; EACH r[e] = estimate(x[e]); EACH x[e] = 1 - x[e] * r[e]; EACH x[e] = r[e] + r[e] * x[e]; }
 template <int K> static inline void rcps(VD* x) { EACH x[e] = 1 / x[e]; }
 template <> inline Complex<VF> Complex<VF>::recip() const { VF s = re * re + im * im; rcps<1>(&s); return {re * s, -(im * s)}; }
