@@ -179,6 +179,10 @@ template <class T, int N> struct Vec { typedef T V __attribute__((vector_size(N 
   typedef T U __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias)); };
 template <class A> struct Simd { enum { W = BYTES / sizeof(A) }; typedef typename Vec<A, W>::V V; };   // W chains side by side, computed in type A
 
+'''
+
+# %% ../nbs/01_bk_core.ipynb #98ccccb0
+CPP_LANES += r'''
 template <int W> struct Shuffle;                      // interleaved (re, im, re, im, ...) <-> apart
 #define SHUFFLE(N, E, O, L, H) template <> struct Shuffle<N> { \
   template <class V> static V even(V a, V b) { return __builtin_shufflevector(a, b, E); } template <class V> static V odd(V a, V b) { return __builtin_shufflevector(a, b, O); } \
@@ -410,6 +414,10 @@ template <class T, bool REV> struct Chunk { typedef double A; typedef typename S
     st = s;
   }
 };
+'''
+
+# %% ../nbs/01_bk_core.ipynb #6695d34d
+CPP_ASSOCIATIVE += r'''
 typedef std::complex<double> Z;
 template <class T, bool REV, class F> void chain(const Job<T>& j, F f) {   // from every chunk to the next in the order of the sweep
   for (I b = 0; b < j.B; b++) for (I k = 0; k + 1 < j.K; k++) for (I c = 0; c < j.C; c++) { I lane = (b * j.K + (REV ? j.K - 1 - k : k)) * j.C + c; f(lane, lane + (REV ? -j.C : j.C)); }
@@ -476,6 +484,10 @@ template <class T, bool REV, class Body> bool sweep(Job<T> j, const Body& body, 
   for (I b = 0; b < j.B && left; b++) std::copy_n(at(out, b, j.K - 1), n, left + b * n);
   return sure;
 }
+'''
+
+# %% ../nbs/01_bk_core.ipynb #b1ee9b44
+CPP_SWEEP += r'''
 struct Sums {                                          // double sums per lane: dE and d eta
   double *e, *eta;
   template <class T> void clear(const Tile<T>& l) const { for (int i = 0; i < l.n; i++) e[l.lane[i]] = eta[l.lane[i]] = 0; }

@@ -208,6 +208,10 @@ static inline float one(const bf16* p) { uint32_t b = (uint32_t)p->bits << 16; f
 static inline void put(bf16* p, float x) { uint32_t b; std::memcpy(&b, &x, 4); p->bits = x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16; }
 template <class T> static inline T one(const T* p) { return *p; }
 template <class T> static inline void put(T* p, T x) { *p = x; }
+'''
+
+# %% ../nbs/02_mixers.ipynb #3f57005a
+CPP_MATH += r'''
 // n < W lanes at the last channels: one by one, the rest zero
 template <class T, class M> struct Mem {
   enum { W = Lanes<T>::W }; typedef typename Lanes<T>::V V;
@@ -548,6 +552,10 @@ CPP_LAYER_BACKWARD += r'''
       if (iv > 0) { V th = from<T>(k[x].v[j]) / T(s.vmax); to<T>(k[x].pre[iv][j], A.L.re * T(s.vmax) * (1 - th * th)); }
     }
   }
+'''
+
+# %% ../nbs/02_mixers.ipynb #62f8a51f
+CPP_LAYER_BACKWARD += r'''
   template <bool CUT, int P> void back(Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I t1, I ahead, const T* m, double* sum) const {
     V w[P][2];
     for (int x = 0; x < P; x++) {
