@@ -456,7 +456,7 @@ template <class T> void plan(Job<T>& j) {              // chunks where rows are 
      j.B * j.C < W * j.threads ? (2 * W * j.threads + j.B * j.C - 1) / (j.B * j.C) : 1;
   j.K = std::min(want, j.N / rows); j.len = (j.N + j.K - 1) / j.K; j.K = (j.N + j.len - 1) / j.len;
 }
-// Runs a body over whole rows. guess = false: not, because it would fail. check = false: give up instead of running a chunk again. Returns whether no chunk needed it.
+// Runs a body over whole rows. guess = false: it would fail, so the exact way at once. again = false: give up instead of running a chunk again. Returns whether no chunk needed it.
 template <class T, bool REV, class Body> bool sweep(Job<T> j, const Body& body, const Z* given = nullptr, Z* left = nullptr, bool guess = true, bool again = true) {
   enum { X = Body::X, W = Body::W }; typedef typename Body::A A; const I n = j.C * X, all = j.B * j.K * n;
   auto tiles = tiles_of(j, W, 0, j.K);
