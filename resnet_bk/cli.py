@@ -19,13 +19,34 @@ from .moe import expert_usage, moe_layers, unused_experts
 def _run(func, prog, examples):
     "Parse the command line for `func` and call it; a mistake of the user's is one line, not a traceback."
     p = anno_parser(func, prog=prog)
-    p.formatter_class, p.epilog = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28), 'examples:\n' + examples
-    args = vars(p.parse_args()); args.pop('pdb', None); args.pop('xtra', None)
-    try: return func(**args)
-    except (ValueError, OSError, ImportError) as e: sys.exit(f'{prog}: {e}')
+    p.formatter_class, p.epilog = (
+        lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
+        'examples:\n' + examples,
+    )
+    args = vars(p.parse_args())
+    args.pop('pdb', None)
+    args.pop('xtra', None)
+    try:
+        return func(**args)
+    except (ValueError, OSError, ImportError) as e:
+        sys.exit(f'{prog}: {e}')
 
 # %% ../nbs/14_cli.ipynb #c0009
-_fixed = ('corpus', 'tokenizer', 'vocab_size', 'd_model', 'n_layers', 'mixer', 'n_heads', 'experts', 'top_k', 'batch_size', 'context', 'lr', 'seed')   # what a resumed run takes from the run before
+_fixed = (
+    'corpus',
+    'tokenizer',
+    'vocab_size',
+    'd_model',
+    'n_layers',
+    'mixer',
+    'n_heads',
+    'experts',
+    'top_k',
+    'batch_size',
+    'context',
+    'lr',
+    'seed',
+)  # what a resumed run takes from the run before
 
 def _new_folder():
     "bk_run, or bk_run-2, -3 ... if there is a run already."
@@ -35,7 +56,8 @@ def _new_folder():
 
 def _last_folder():
     runs = sorted(Path('.').glob('bk_run*/run.json'), key=lambda p: p.stat().st_mtime)
-    if not runs: raise ValueError('nothing to resume: no folder bk_run* with a run here; name one with --folder')
+    if not runs:
+        raise ValueError('nothing to resume: no folder bk_run* with a run here; name one with --folder')
     return runs[-1].parent
 
 # %% ../nbs/14_cli.ipynb #c0010
@@ -63,14 +85,16 @@ def bk_train(
     "Train a causal ResNet-BK language model. With no options: the default model on Python's standard library, three minutes on a CPU."
     args = {k: v for k,v in locals().items()}
     folder = Path(folder) if folder else _last_folder() if resume else _new_folder()
-    if resume: args.update(_saved_run(folder))
-    elif (folder/'run.json').exists(): raise ValueError(f'{folder} already holds a run: go on with it by --resume, or name another folder')
+    if resume:args.update(_saved_run(folder))
+    elif (folder/'run.json').exists():raise ValueError(f'{folder} already holds a run: go on with it by --resume, or name another folder')
     elif steps is None and minutes is None: minutes = 3.
     data = LMData.from_corpus(args['corpus'], args['tokenizer'], args['vocab_size'], args['batch_size'], args['context'], seed=args['seed'])
     torch.manual_seed(args['seed'])
     model = ResNetBK(ModelConfig(data.vocab_size, args['d_model'], args['n_layers'], args['mixer'].split(','), args['n_heads'], experts=args['experts'], top_k=args['top_k'])).init_unigram(data.train.tokens)
     learn = Learner(model, data, lr=args['lr'], folder=folder, seed=args['seed'], cbs=[NumericalStabilityMonitor()] + [MoEBalance()]*(args['experts'] > 0), progress=not quiet)
-    if learn.is_main: _keep_run(folder, args, resume); _announce(args, data, model, folder, minutes, steps)
+    if learn.is_main:
+        _keep_run(folder, args, resume)
+        _announce(args, data, model, folder, minutes, steps)
     learn.fit(steps=steps, minutes=minutes, resume=resume)
     if learn.is_main: _finish(learn, folder, prompt)
     return learn
@@ -96,12 +120,17 @@ def _announce(args, data, model, folder, minutes, steps):
 # %% ../nbs/14_cli.ipynb #c0013
 def _finish(learn, folder, prompt):
     if learn.interrupted:
-        print(f'stopped at step {learn.step}; go on with:  bk_train --resume --folder {folder}'); return
+        print(f'stopped at step {learn.step}; go on with:  bk_train --resume --folder {folder}')
+        return
     data, model = learn.data, learn.model
     final = learn.evaluate()
-    model.save_pretrained(folder/'model'); data.tokenizer.save(folder/'model'); learn.plot_losses(folder/'loss.png')
+    model.save_pretrained(folder / 'model')
+    data.tokenizer.save(folder / 'model')
+    learn.plot_losses(folder / 'loss.png')
     f = {k: data.report(getattr(data.floors, k))['bpb'] for k in ('unigram', 'bigram')}
-    print(f"bits per byte on the validation text: model {final['bpb']:.3f}   (floors: bigram {f['bigram']:.3f}, unigram {f['unigram']:.3f}); perplexity {final['ppl']:.2f}")
+    print(
+        f"bits per byte on the validation text: model {final['bpb']:.3f}   (floors: bigram {f['bigram']:.3f}, unigram {f['unigram']:.3f}); perplexity {final['ppl']:.2f}"
+    )
     print(f"{learn.tokens:,} tokens in {learn.elapsed/60:.1f} minutes, {learn.tokens/max(learn.elapsed, 1e-9):,.0f} tokens/s; model, metrics.jsonl and loss.png are in {folder}/\n")
     if moe_layers(model): print('experts unused on validation text: ' + (', '.join(f'{n} number {e}' for n,e,_ in unused_experts(expert_usage(model, islice(data.valid, 20)))) or 'none') + '\n')
     _write(model, data.tokenizer, prompt, 300, temperature=.8, top_p=.95, seed=0)
@@ -116,8 +145,10 @@ def _write(model, tok, prompt, n, out=None, **kw):
     for t in _and_first(model.to('cpu').generate(ids, n, stream=True, **kw)):
         if t is not None: done.append(t.item())
         text = tok.decode(done)
-        if text.endswith('\ufffd') and len(done) < ids.shape[1] + n: continue      # half a character: wait for the rest
-        print(text[len(seen):] if text.startswith(seen) else text, end='', flush=True, file=out); seen = text
+        # half a character: wait for the rest
+        if text.endswith('\ufffd') and len(done) < ids.shape[1] + n: continue
+        print(text[len(seen) :] if text.startswith(seen) else text, end='', flush=True, file=out)
+        seen = text
 
 def _and_first(it): yield None; yield from it
 
@@ -134,10 +165,14 @@ def bk_generate(
     "Continue a text with a trained model; the text streams as it comes, at a constant cost per token."
     folder = Path(folder)
     if (folder/'model').is_dir(): folder = folder/'model'
-    if not (folder/'config.json').exists(): raise ValueError(f'{folder} holds no model (no config.json); give the folder that bk_train wrote')
+    if not (folder / 'config.json').exists():
+        raise ValueError(f'{folder} holds no model (no config.json); give the folder that bk_train wrote')
     if prompt is None: prompt = sys.stdin.read()
-    with contextlib.redirect_stdout(sys.stderr): model = ResNetBK.from_pretrained(folder).eval()      # the hub library prints a line of its own
-    _write(model, load_tokenizer(folder), prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    # the hub library prints a line of its own
+    with contextlib.redirect_stdout(sys.stderr): model = ResNetBK.from_pretrained(folder).eval()
+    _write(
+        model, load_tokenizer(folder), prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     print()
 
 # %% ../nbs/14_cli.ipynb #c0023

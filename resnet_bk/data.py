@@ -35,7 +35,8 @@ def split_bytes(raw:bytes,           # the whole text
     "Cut `raw` once, after `1-valid_frac` of its bytes, moved back if that would cut a UTF-8 character. `ValueError` unless 0 < `valid_frac` < 1."
     if not 0 < valid_frac < 1: raise ValueError(f'valid_frac={valid_frac}: give a fraction between 0 and 1, such as 0.1')
     cut = int(len(raw)*(1-valid_frac))
-    for _ in range(3):                                   # a UTF-8 character has at most three continuation bytes, 10xxxxxx
+    # a UTF-8 character has at most three continuation bytes, 10xxxxxx
+    for _ in range(3):
         if 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80: cut -= 1
     return raw[:cut], raw[cut:]
 
@@ -53,8 +54,22 @@ def text(self:Corpus,
                          "convert the file, or use tokenizer='bytes', which takes any bytes") from None
 
 # %% ../nbs/00_data.ipynb #c0019
-_not_prose = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'idlelib', 'lib2to3',
-              'encodings', 'pydoc_data', 'lib-dynload', 'ensurepip', 'turtledemo', '__phello__'}
+_not_prose = {
+    'test',
+    'tests',
+    'idle_test',
+    'site-packages',
+    'dist-packages',
+    '__pycache__',
+    'idlelib',
+    'lib2to3',
+    'encodings',
+    'pydoc_data',
+    'lib-dynload',
+    'ensurepip',
+    'turtledemo',
+    '__phello__',
+}
 
 def _stdlib_files():
     "The standard library's own modules, in the order of a hash of their path."
@@ -73,34 +88,46 @@ def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
     for f in _stdlib_files():
         raw = f.read_bytes()
         if at + len(raw) > max_bytes: break
-        parts.append(raw); sources.append((str(f), at)); at += len(raw)
+        parts.append(raw)
+        sources.append((str(f), at))
+        at += len(raw)
     if not at: raise FileNotFoundError(f"no standard library source in {sysconfig.get_paths()['stdlib']}: give the path of a text file or folder instead")
     return Corpus('stdlib-' + '.'.join(map(str, sys.version_info[:3])), *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0023
 def _read_path(path, valid_frac):
     "A file, or every text file under a folder, as one corpus."
-    if path.is_file(): files = [path]
+    if path.is_file():files = [path]
     else: files = sorted(f for f in path.rglob('*') if f.is_file() and not any(p[0] == '.' or p == '__pycache__' for p in f.relative_to(path).parts))
     parts, sources, at = [], [], 0
     for f in files:
         raw = f.read_bytes()
-        if path.is_dir() and b'\0' in raw[:8192]: warnings.warn(f'{f} is binary, skipped'); continue
+        if path.is_dir() and b'\0' in raw[:8192]:
+            warnings.warn(f'{f} is binary, skipped')
+            continue
         if path.is_dir() and raw and raw[-1:] != b'\n': raw += b'\n'
-        parts.append(raw); sources.append((str(f), at)); at += len(raw)
+        parts.append(raw)
+        sources.append((str(f), at))
+        at += len(raw)
     if not at: raise ValueError(f'{path} ' + ('is empty' if path.is_file() else 'holds no text files') + ': there is nothing to learn from')
     return Corpus(path.stem if path.is_file() else path.name, *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0025
-_short = {'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1', 'wikitext-103': 'Salesforce/wikitext:wikitext-103-v1',
-          'tinyshakespeare': 'karpathy/tiny_shakespeare@refs/convert/parquet'}
+_short = {
+    'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1',
+    'wikitext-103': 'Salesforce/wikitext:wikitext-103-v1',
+    'tinyshakespeare': 'karpathy/tiny_shakespeare@refs/convert/parquet',
+}
 _hub_name = re.compile(r'([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@(\S+))?')
 
 def _column(ds, repo, end='\n'):
     "All rows of the text column of one split as bytes, each ended by `end`."
     cols = [c for c, f in ds.features.items() if getattr(f, 'dtype', '') in ('string', 'large_string')]
     low = {c.lower(): c for c in cols}
-    if 'text' not in low and len(cols) != 1: raise ValueError(f"{repo} has no column 'text' but {list(ds.features)}: choose a dataset with one text column")
+    if 'text' not in low and len(cols) != 1:
+        raise ValueError(
+            f"{repo} has no column 'text' but {list(ds.features)}: choose a dataset with one text column"
+        )
     col = low.get('text') or cols[0]
     rows = (t or '' for b in ds.select_columns([col]).iter(10_000) for t in b[col])
     return ''.join(t if t.endswith(end) else t + end for t in rows).encode()
@@ -146,11 +173,21 @@ def load_corpus(name='stdlib',        # 'stdlib', a path, 'wikitext-2', 'wikitex
     name = str(name)
     if name == 'stdlib': return stdlib_corpus(valid_frac)
     home, path = os.environ.get('RESNET_BK_DATA'), Path(name).expanduser()
-    near = [Path(home).expanduser()/(name + ext) for ext in ('.txt', '')] if home and not path.is_absolute() else []
+    near = (
+        [Path(home).expanduser() / (name + ext) for ext in ('.txt', '')]
+        if home and not path.is_absolute()
+        else []
+    )
     for p in near + [path]:
         if p.exists(): return _read_path(p, valid_frac)
-    if not _hub_name.fullmatch(name) or name[0] == '.' or path.suffix in ('.txt', '.md', '.py', '.text', '.tokens'):
-        raise FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or folder, or a Hub dataset such as 'wikitext-2'")
+    if (
+        not _hub_name.fullmatch(name)
+        or name[0] == '.'
+        or path.suffix in ('.txt', '.md', '.py', '.text', '.tokens')
+    ):
+        raise FileNotFoundError(
+            f"no file or folder {name}: give 'stdlib', the path of a text file or folder, or a Hub dataset such as 'wikitext-2'"
+        )
     return _load_hub(name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0044
@@ -188,7 +225,8 @@ class CharTokenizer(Tokenizer):
     def __init__(self, vocab): # the known characters, without <unk>
         self.vocab = list(vocab)
         self.vocab_size, codes = len(self.vocab) + 1, [ord(c) for c in self.vocab]
-        self.table = np.zeros(max(codes, default=0) + 2, np.int64)       # the last entry stands for everything beyond: <unk>
+        # the last entry stands for everything beyond: <unk>
+        self.table = np.zeros(max(codes, default=0) + 2, np.int64)
         self.table[codes] = np.arange(1, self.vocab_size)
 
     def encode(self, text)->np.ndarray:
@@ -228,17 +266,21 @@ class BPETokenizer(Tokenizer):
 def _train_bpe(text, vocab_size):
     "Learn merges until there are `vocab_size` tokens or no pair occurs twice."
     from tokenizers import Tokenizer as Tok, decoders, models, pre_tokenizers, trainers
-    if vocab_size < 256: raise ValueError(f'vocab_size={vocab_size}: byte-level BPE needs at least the 256 bytes')
+    if vocab_size < 256:
+        raise ValueError(f'vocab_size={vocab_size}: byte-level BPE needs at least the 256 bytes')
     tok, level = Tok(models.BPE()), pre_tokenizers.ByteLevel
     tok.pre_tokenizer, tok.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, initial_alphabet=sorted(level.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, initial_alphabet=sorted(level.alphabet()), show_progress=False
+    )
     tok.train_from_iterator(text.splitlines(keepends=True), trainer)
     return BPETokenizer(tok)
 
 # %% ../nbs/00_data.ipynb #c0060
 def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
                   text=None,           # training text, `bytes` (UTF-8) or `str`; not needed for 'bytes'
-                  vocab_size:int=None  # None: 256 bytes, all characters, 30 000 words, 4096 byte pairs; otherwise at most this many
+                  # None: 256 bytes, all characters, 30 000 words, 4096 byte pairs; otherwise at most this many
+                  vocab_size:int=None
                  )->Tokenizer:         # built from `text` and nothing else
     "Build a tokeniser. `ValueError` for an unknown `kind`, a missing or empty `text`, or a `vocab_size` that the kind cannot have."
     if kind == 'bytes':
@@ -250,7 +292,8 @@ def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
     if not isinstance(text, str): text = Corpus('text', text, b'').text()
     if kind == 'bpe': return _train_bpe(text, vocab_size or 4096)
     if kind == 'chars': return CharTokenizer(sorted(c for c, _ in Counter(text).most_common(vocab_size and vocab_size - 1)))
-    counts = Counter(text.split()); counts.pop('<unk>', None)           # WikiText marks its own unknown words: the same id 0
+    counts = Counter(text.split())
+    counts.pop('<unk>', None)  # WikiText marks its own unknown words: the same id 0
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
 
 # %% ../nbs/00_data.ipynb #c0066
@@ -311,7 +354,13 @@ class Floors:
         "Both floors in nats per token, perplexity and bits per byte."
         rows = [f'| {k:7} | {v:11.3f} | {math.exp(v):10.2f} | {bits_per_byte(v, self.bytes_per_token):9.3f} |'
                 for k, v in (('unigram', self.unigram), ('bigram', self.bigram))]
-        return '\n'.join(['| floor   | nats/token  | perplexity | bits/byte |', '| ------- | ----------: | ---------: | --------: |'] + rows)
+        return '\n'.join(
+            [
+                '| floor   | nats/token  | perplexity | bits/byte |',
+                '| ------- | ----------: | ---------: | --------: |',
+            ]
+            + rows
+        )
     __repr__ = _repr_markdown_ = table
 
 # %% ../nbs/00_data.ipynb #c0082
@@ -352,16 +401,26 @@ class Batches:
                  world:int=1):      # so many that share the windows
         for k, v in dict(batch_size=batch_size, context=context).items():
             if v < 1: raise ValueError(f'{k}={v}: give at least 1')
-        if not 0 <= rank < world: raise ValueError(f'rank={rank} of world={world}: rank runs from 0 to world-1')
-        if len(tokens) <= context: raise ValueError(f'{len(tokens)} tokens do not fill one window: context={context} needs {context+1}')
+        if not 0 <= rank < world:
+            raise ValueError(f'rank={rank} of world={world}: rank runs from 0 to world-1')
+        if len(tokens) <= context:
+            raise ValueError(
+                f'{len(tokens)} tokens do not fill one window: context={context} needs {context+1}'
+            )
         store_attr()
         self.n_windows = max(1, (len(tokens) - context)//context) if shuffle else (len(tokens) - 1)//context
         self.share = self.n_windows//world if shuffle else len(range(rank, self.n_windows, world))
-        if not self.share: raise ValueError(f'{self.n_windows} windows of {context} tokens do not go round {world} processes')
+        if not self.share:
+            raise ValueError(
+                f'{self.n_windows} windows of {context} tokens do not go round {world} processes'
+            )
         self.epoch, self.index, self._order = 0, 0, (None, None)
 
-    def __len__(self): return max(1, self.share//self.batch_size) if self.shuffle else -(-self.share//self.batch_size)
-    def __repr__(self): return f'Batches({len(self)} of {self.batch_size}x{self.context}, epoch {self.epoch}, index {self.index})'
+    def __len__(self):
+        return max(1, self.share // self.batch_size) if self.shuffle else -(-self.share // self.batch_size)
+
+    def __repr__(self):
+        return f'Batches({len(self)} of {self.batch_size}x{self.context}, epoch {self.epoch}, index {self.index})'
 
 # %% ../nbs/00_data.ipynb #c0091
 @patch
@@ -437,10 +496,13 @@ def show_batch(x,              # (B, N) token ids
     if ax is None: _, ax = plt.subplots(figsize=(0.42*cols, 0.5*len(ids) + 0.8))
     ax.imshow((ids*0.618) % 1, cmap='Pastel1', aspect='auto', vmin=0, vmax=1)
     for (i, j), t in np.ndenumerate(ids.numpy()):
-        name = '' if t < 0 else repr(tokenizer.decode([t]))[1:-1].replace(' ', '␣')[:8]      # negative: no target
+        # negative: no target
+        name = '' if t < 0 else repr(tokenizer.decode([t]))[1:-1].replace(' ', '␣')[:8]
         ax.text(j, i, name, ha='center', va='center', fontfamily='monospace', fontsize=9)
     ax.set_yticks(range(len(ids)), [f'{n}[{b}]' for b in range(rows) for n in 'xy'])
-    ax.set_xticks(range(0, cols, 4)); ax.set_xlabel('position'); ax.hlines(np.arange(1, rows)*2 - .5, -.5, cols - .5, color='black', lw=1.5)
+    ax.set_xticks(range(0, cols, 4))
+    ax.set_xlabel('position')
+    ax.hlines(np.arange(1, rows) * 2 - 0.5, -0.5, cols - 0.5, color='black', lw=1.5)
     return ax
 
 # %% ../nbs/00_data.ipynb #c0117
@@ -464,18 +526,27 @@ def _encode_file(tok, text, file):
 # %% ../nbs/00_data.ipynb #c0119
 def _cache_key(corpus, tokenizer, vocab_size):
     h = hashlib.blake2b(digest_size=16)
-    spec = f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str) else f'{type(tokenizer).__name__}:{tokenizer.to_json()}'
-    for part in (f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid): h.update(part)
+    spec = (
+        f'{tokenizer}:{vocab_size}'
+        if isinstance(tokenizer, str)
+        else f'{type(tokenizer).__name__}:{tokenizer.to_json()}'
+    )
+    for part in (f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid):
+        h.update(part)
     return h.hexdigest()
 
 def _fill(folder, corpus, tokenizer, vocab_size):
     "Write tokenizer.json, train.npy, valid.npy and meta.json."
     parts = [corpus.train, corpus.valid]
-    if tokenizer != 'bytes' and not isinstance(tokenizer, ByteTokenizer): parts = [corpus.text('train'), corpus.text('valid')]
+    if tokenizer != 'bytes' and not isinstance(tokenizer, ByteTokenizer):
+        parts = [corpus.text('train'), corpus.text('valid')]
     tok = get_tokenizer(tokenizer, parts[0], vocab_size) if isinstance(tokenizer, str) else tokenizer
     tokens = [_encode_file(tok, t, folder/f'{s}.npy') for t, s in zip(parts, ('train', 'valid'))]
     for t, s in zip(tokens, ('training', 'validation')):
-        if len(t) < 2: raise ValueError(f'the {s} part of {corpus.name!r} has {len(t)} {tok.name} tokens: at least 2 are needed, give more text')
+        if len(t) < 2:
+            raise ValueError(
+                f'the {s} part of {corpus.name!r} has {len(t)} {tok.name} tokens: at least 2 are needed, give more text'
+            )
     floors = token_floors(*tokens, tok.vocab_size, len(corpus.valid)/len(tokens[1]))
     tok.save(folder)
     (folder/'meta.json').write_text(json.dumps(dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors))))
@@ -491,14 +562,15 @@ def token_files(corpus:Corpus,       # the text
     folder = root/_cache_key(corpus, tokenizer, vocab_size)
     if folder.exists(): return folder
     new = root/f'.new-{uuid.uuid4().hex}'                # a name of our own: no other process writes here
-    try: new.mkdir(parents=True)
+    try:new.mkdir(parents=True)
     except OSError as e: raise OSError(f'cannot write token files to {root} ({e.strerror}): set RESNET_BK_CACHE to a folder that can be written') from None
     try:
         _fill(new, corpus, tokenizer, vocab_size)
         os.rename(new, folder)                           # atomic on one file system
     except OSError:
         if not folder.exists(): raise                    # another process was first: its files are the same
-    finally: shutil.rmtree(new, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return folder
 
 # %% ../nbs/00_data.ipynb #c0126
@@ -520,9 +592,13 @@ class LMData:
         self.valid = Batches(valid_tokens, batch_size, context, seed, shuffle=False)
 
     @property
-    def vocab_size(self): return self.tokenizer.vocab_size
+    def vocab_size(self):
+        return self.tokenizer.vocab_size
+
     @property
-    def bytes_per_token(self): return self.floors.bytes_per_token
+    def bytes_per_token(self):
+        return self.floors.bytes_per_token
+
     def __repr__(self):
         return (f'LMData({self.name!r}, {self.tokenizer!r}, {len(self.train_tokens):,} + {len(self.valid_tokens):,} tokens, '
                 f'{len(self.train)} batches of {self.batch_size}x{self.context} an epoch, {self.bytes_per_token:.2f} bytes a token)')
@@ -531,7 +607,8 @@ class LMData:
 @patch(cls_method=True)
 def from_corpus(cls:LMData,
                 corpus='stdlib',      # a `Corpus`, or a name for `load_corpus`
-                tokenizer='bytes',    # a kind for `get_tokenizer`, built from the training part, or a `Tokenizer`
+                # a kind for `get_tokenizer`, built from the training part, or a `Tokenizer`
+                tokenizer='bytes',
                 vocab_size:int=None,  # for a kind: see `get_tokenizer`
                 batch_size:int=12,    # sequences in a batch
                 context:int=64,       # tokens in a sequence
@@ -555,14 +632,26 @@ def report(self:LMData,
            nats # validation cross entropy, nats per token
           )->dict: # nats, ppl (perplexity), bpb (bits per byte)
     "One loss in all three units."
-    return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=bits_per_byte(nats, self.bytes_per_token))
+    return dict(
+        nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=bits_per_byte(nats, self.bytes_per_token)
+    )
 
 @patch
 def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:
     "The same text and tokens in other batches."
     pick = lambda new, old: old if new is None else new
-    return LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name, pick(batch_size, self.batch_size),
-                  pick(context, self.context), pick(seed, self.seed), self.rank, self.world)
+    return LMData(
+        self.tokenizer,
+        self.train_tokens,
+        self.valid_tokens,
+        self.floors,
+        self.name,
+        pick(batch_size, self.batch_size),
+        pick(context, self.context),
+        pick(seed, self.seed),
+        self.rank,
+        self.world,
+    )
 
 # %% ../nbs/00_data.ipynb #c0141
 def mqar_batch(batch_size:int,   # B
@@ -570,7 +659,8 @@ def mqar_batch(batch_size:int,   # B
                n_keys:int=31,    # keys to choose from
                n_values:int=32,  # values to choose from
                generator=None    # torch.Generator
-              )->tuple:          # (x, y), each (B, 3K+1) int64; y is the value at the K query positions and -100 elsewhere
+              # (x, y), each (B, 3K+1) int64; y is the value at the K query positions and -100 elsewhere
+              )->tuple:
     "Multi-query associative recall (Arora et al. 2023): k1 v1 … kK vK, separator, the keys again in random order. `ValueError` if there are too few keys."
     if not 1 <= n_pairs <= n_keys: raise ValueError(f'n_pairs={n_pairs}: needs at least 1 and at most n_keys={n_keys}, as keys are distinct')
     keys = torch.rand(batch_size, n_keys, generator=generator).argsort(1)[:, :n_pairs]

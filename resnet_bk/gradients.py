@@ -22,7 +22,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .bk_core import dense_resolvent, diag_backward_op, diag_op, resolvent_diag, scan_backward_op, time_together, _backend, _diag, _inputs, _lanes, _plain
+from resnet_bk.bk_core import (
+    dense_resolvent,
+    diag_backward_op,
+    diag_op,
+    resolvent_diag,
+    scan_backward_op,
+    time_together,
+    _backend,
+    _diag,
+    _inputs,
+    _lanes,
+    _plain,
+)
 from .learner import Learner
 
 # %% ../nbs/06_gradients.ipynb #c0008
@@ -70,7 +82,8 @@ def _blend(alpha): # checked
 
 # %% ../nbs/06_gradients.ipynb #c0025
 def _parts(v, E, eta, hop, plan): # what the adjoint needs: (G, left pivots, right pivots), or G alone
-    if plan.blend == 'exact' and not plan.causal: return (_diag if _plain() else diag_op)(v, None, E, eta, hop, '')
+    if plan.blend == 'exact' and not plan.causal:
+        return (_diag if _plain() else diag_op)(v, None, E, eta, hop, '')
     return (resolvent_diag(v, torch.complex(E, eta), hop=hop, causal=plan.causal),)
 
 def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
@@ -78,7 +91,8 @@ def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
     if plan.blend != 'exact': return blended_gradient(parts[0], ct, plan.blend), None, None, None
     need = [True, False, hop is not None]
     if plan.causal: dv, _, _, dhop, dE, deta, *_ = scan_backward_op(parts[0], parts[0].new_empty(0), None, ct, hop, None, None, need[:2] + [False] + need[2:], '')
-    elif _plain(): dv, _, dhop, dE, deta = _backend('', ct).diag_backward(parts[1], parts[2], parts[0], ct, _lanes(hop), list(ct.shape), need)   # without the dispatcher, which costs 0.1 ms
+    # without the dispatcher, which costs 0.1 ms
+    elif _plain(): dv, _, dhop, dE, deta = _backend('', ct).diag_backward(parts[1], parts[2], parts[0], ct, _lanes(hop), list(ct.shape), need)
     else: dv, _, dhop, dE, deta = diag_backward_op(parts[1], parts[2], parts[0], ct, hop, need, '')
     return dv, dE, deta, dhop if hop is not None else None
 
@@ -86,16 +100,23 @@ def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
 def _pack(x, store): return x.to(store) if store.is_complex else torch.view_as_real(x).to(store)
 def _unpack(x, dtype): return (x if x.is_complex() else torch.view_as_complex(x.float())).to(dtype)
 def _cast(x, dtype): return None if x is None else x.to(dtype)
-def _turn(x): return x[0].contiguous()[None] if x.shape[0] == 1 else x.contiguous()   # torch has a fast transposition for two axes, not for three
+# torch has a fast transposition for two axes, not for three
+def _turn(x): return x[0].contiguous()[None] if x.shape[0] == 1 else x.contiguous()
 
-def _recompute(v, E, eta, hop, ct, plan): # forward again and adjoint, a block of chains (16 at least: they share a vector) at a time, so that the pivots stay in the cache
-    B,N,C = v.shape; w = max(1, min(C, plan.chunk//max(N, 1)//16*16 or 16)); b = max(-(-16//w), plan.chunk//max(1, N*w))
+# forward again and adjoint, a block of chains (16 at least: they share a vector) at a time, so that the pivots stay in the cache
+def _recompute(v, E, eta, hop, ct, plan):
+    B, N, C = v.shape
+    w = max(1, min(C, plan.chunk // max(N, 1) // 16 * 16 or 16))
+    b = max(-(-16 // w), plan.chunk // max(1, N * w))
     dv, dhop = torch.empty_like(ct.real), None if hop is None else torch.empty_like(ct.real[:,1:])
-    dE, deta = (ct.real[:0].sum((0,1)) for _ in range(2))                       # zeros, mapped by vmap if ct is
+    # zeros, mapped by vmap if ct is
+    dE, deta = (ct.real[:0].sum((0,1)) for _ in range(2))
     for i in range(0, B, b):
         for j in range(0, C, w):
-            s, t = (slice(i, i+b), slice(None), slice(j, j+w)), slice(j, j+w); h = None if hop is None else hop[s]
-            r = _adjoint(_parts(_turn(v[s]), E[t], eta[t], h, plan), _turn(ct[s]), h, plan); dv[s] = r[0]
+            s, t = (slice(i, i + b), slice(None), slice(j, j + w)), slice(j, j + w)
+            h = None if hop is None else hop[s]
+            r = _adjoint(_parts(_turn(v[s]), E[t], eta[t], h, plan), _turn(ct[s]), h, plan)
+            dv[s] = r[0]
             if r[1] is not None: dE[t] += r[1]; deta[t] += r[2]
             if r[3] is not None: dhop[s] = r[3]
     return (dv, dE, deta, dhop) if plan.blend == 'exact' else (dv, None, None, None)
@@ -106,24 +127,35 @@ class _BK(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
     def forward(v, E, eta, hop, plan):
-        parts = _parts(*(_cast(t, plan.forward or v.dtype) for t in (_turn(v), E, eta, hop)), plan if plan.store != 'recompute' else _Plan(0., plan.causal))
+        parts = _parts(
+            *(_cast(t, plan.forward or v.dtype) for t in (_turn(v), E, eta, hop)),
+            plan if plan.store != 'recompute' else _Plan(0.0, plan.causal),
+        )
         G = parts[0].to(v.dtype.to_complex())
         if plan.store == 'recompute': return G,
         store = plan.store or parts[0].dtype
-        return G, *(_pack(x, store) for x in parts[int(store == G.dtype):])       # G itself is kept where it is of the type wanted
+        # G itself is kept where it is of the type wanted
+        return G, *(_pack(x, store) for x in parts[int(store == G.dtype):])
     @staticmethod
     def setup_context(ctx, inputs, output):
-        v, E, eta, hop, ctx.plan = inputs; G, *kept = output; ctx.dtype = v.dtype
-        if ctx.plan.store == 'recompute': kept = [v, E, eta]
-        elif len(kept) % 2 == 0: kept = [G, *kept]                    # of one or three parts the first is G
-        ctx.mark_non_differentiable(*output[1:]); ctx.set_materialize_grads(False); ctx.save_for_backward(*kept, hop)
+        v, E, eta, hop, ctx.plan = inputs
+        G, *kept = output
+        ctx.dtype = v.dtype
+        if ctx.plan.store == 'recompute':
+            kept = [v, E, eta]
+        elif len(kept) % 2 == 0:
+            kept = [G, *kept]  # of one or three parts the first is G
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, hop)
     @staticmethod
     def backward(ctx, ct, *_):
         *kept, hop = ctx.saved_tensors
         if ct is None: return (None,)*5
         return *_Adjoint.apply(ct, hop, ctx.plan, ctx.dtype, *kept), None
 
-class _Adjoint(torch.autograd.Function): # a function of its own, so that torch.func.grad, which records every backward pass, does not look inside
+# a function of its own, so that torch.func.grad, which records every backward pass, does not look inside
+class _Adjoint(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
     def forward(ct, hop, plan, dtype, *kept):
@@ -155,17 +187,22 @@ def _features(he_diag, h0_super, h0_sub, z, plan): # (..., N) -> (..., N, 2)
     if he_diag.ndim < 1: raise ValueError(f'he_diag must be (B, N) or (N,); got {tuple(he_diag.shape)}')
     *lead, N = he_diag.shape; B, bonds = math.prod(lead), max(N-1, 0)
     for n,t in (('h0_super', h0_super), ('h0_sub', h0_sub)):
-        if t.shape[-1:] != (bonds,) or t.ndim > 1 and t.shape[:-1] != tuple(lead): raise ValueError(f'{n} must be {(bonds,)} or {(*lead, bonds)} for he_diag {tuple(he_diag.shape)}; got {tuple(t.shape)}')
+        if t.shape[-1:] != (bonds,) or t.ndim > 1 and t.shape[:-1] != tuple(lead):
+            raise ValueError(
+                f'{n} must be {(bonds,)} or {(*lead, bonds)} for he_diag {tuple(he_diag.shape)}; got {tuple(t.shape)}'
+            )
     k, watched = h0_super*h0_sub, torch._C._are_functorch_transforms_active()
     if not watched and (k < 0).any(): raise ValueError('the products h0_super·h0_sub must be ≥ 0; vmapped_get_diag takes any sign')
-    if not (watched or k.requires_grad) and (k == 1).all(): hop = None
-    else: hop = torch.where(k > 0, k, 1).sqrt().mul(k > 0).expand(*lead, bonds).reshape(B, bonds).T[None]   # no infinite slope where a bond is cut
+    if not (watched or k.requires_grad) and (k == 1).all():hop = None
+    # no infinite slope where a bond is cut
+    else: hop = torch.where(k > 0, k, 1).sqrt().mul(k > 0).expand(*lead, bonds).reshape(B, bonds).T[None]
     v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)               # chains as channels, (1, N, B): the kernel's fast layout
     return torch.view_as_real(_BK.apply(v, E, eta, hop, plan)[0][0].T.contiguous()).reshape(*lead, N, 2)
 
 # %% ../nbs/06_gradients.ipynb #c0033
 class BKCoreFunction:
     "The seeds' BK-Core: diagonals in, features (Re G_ii, Im G_ii) out. `GRAD_BLEND` is the default of `grad_blend`, as the seeds set it; here it starts as 'exact'."
+
     GRAD_BLEND = 'exact'
     @classmethod
     def apply(cls,
@@ -179,7 +216,8 @@ class BKCoreFunction:
         "`ValueError` for wrong shapes, Im z ≤ 0, negative products, α outside [0, 1]."
         return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal))
     @classmethod
-    def _alpha(cls, grad_blend): return _blend(cls.GRAD_BLEND if grad_blend is None else grad_blend)
+    def _alpha(cls, grad_blend):
+        return _blend(cls.GRAD_BLEND if grad_blend is None else grad_blend)
 
 # %% ../nbs/06_gradients.ipynb #c0039
 class BlendedBKMixer(nn.Module):
@@ -210,7 +248,8 @@ class GradBlendResult:
     alpha:object # 'exact', 'none' or α
     final_loss:float # validation, nats per token
     final_perplexity:float
-    convergence_speed:float # nats: validation loss before the first step less the training loss averaged over the run; larger is faster
+    # nats: validation loss before the first step less the training loss averaged over the run; larger is faster
+    convergence_speed:float
     gradient_variance:float # variance of the gradient norm within ten steps, over its squared mean
     cosine_start:float # with the exact gradient, see `gradient_cosine`, before the first step ...
     cosine_end:float # ... and after the last
@@ -229,7 +268,9 @@ class _Loop: # any iterable of (x, y) as the training stream of a Learner
 
 class _Loaders: # two loaders as the data of a Learner
     name = 'loaders'
-    def __init__(self, train, valid): self.train, self.valid = train if hasattr(train, 'forever') else _Loop(train), valid
+    def __init__(self, train, valid):
+        self.train, self.valid = train if hasattr(train, 'forever') else _Loop(train), valid
+
     def report(self, nats): return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=None)
 
 # %% ../nbs/06_gradients.ipynb #c0044
@@ -242,7 +283,8 @@ class GradBlendOptimizer:
         alpha_values=None, # default 0, 0.1, ..., 1 and 'exact'; 'none' is the control without any gradient through BK-Core
         epochs_per_trial:float=5, # passes over the training text, or
         steps_per_trial:int=None, # steps
-        folder=None, # one JSON per trial, summary.json and grad_blend.png go here; trials found here are not run again
+        # one JSON per trial, summary.json and grad_blend.png go here; trials found here are not run again
+        folder=None,
         lr:float=3e-3, # peak learning rate
         eval_batches:int=None, # validation batches; None = all
         seed:int=0,
@@ -269,7 +311,8 @@ def gradient_cosine(
 )->float: # 1 = the same direction
     "Cosine, with the exact one, of what comes through BK-Core: the gradient as `grad_blend` is set, less the gradient of 'none', over all parameters."
     mods, ps = [m for m in model.modules() if hasattr(m, 'grad_blend')], [p for p in model.parameters() if p.requires_grad]
-    x, y = (t.to(ps[0].device) for t in batch); was = [m.grad_blend for m in mods]
+    x, y = (t.to(ps[0].device) for t in batch)
+    was = [m.grad_blend for m in mods]
     def g(values):
         for m,a in zip(mods, values): m.grad_blend = a
         loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -283,13 +326,29 @@ def run_trial(self:GradBlendOptimizer, alpha)->GradBlendResult: # 'exact', 'none
     "Train once from the starting weights."
     t = time.perf_counter(); self.model.load_state_dict(self.start)
     for m in self.mods: m.grad_blend = alpha
-    learn = Learner(self.model, self.data, **self.kw); first = learn.evaluate(self.eval_batches)['nats']
-    probe = next(iter(self.data.valid)); before = gradient_cosine(self.model, probe)
+    learn = Learner(self.model, self.data, **self.kw)
+    first = learn.evaluate(self.eval_batches)['nats']
+    probe = next(iter(self.data.valid))
+    before = gradient_cosine(self.model, probe)
     learn.fit(**self.budget)
-    if learn.interrupted: raise KeyboardInterrupt(f'stopped in the trial of α = {alpha}, which is not kept; finished trials are')
+    if learn.interrupted:
+        raise KeyboardInterrupt(
+            f'stopped in the trial of α = {alpha}, which is not kept; finished trials are'
+        )
     last = learn.evaluate(self.eval_batches)
-    losses = [m.loss_lm for m in learn.history]; var = [m.grad_variance/m.grad_norm**2 for m in learn.history if m.grad_norm]
-    return GradBlendResult(alpha, last['nats'], last['ppl'], first - sum(losses)/len(losses), sum(var)/max(1, len(var)), before, gradient_cosine(self.model, probe), losses, time.perf_counter() - t)
+    losses = [m.loss_lm for m in learn.history]
+    var = [m.grad_variance / m.grad_norm**2 for m in learn.history if m.grad_norm]
+    return GradBlendResult(
+        alpha,
+        last['nats'],
+        last['ppl'],
+        first - sum(losses) / len(losses),
+        sum(var) / max(1, len(var)),
+        before,
+        gradient_cosine(self.model, probe),
+        losses,
+        time.perf_counter() - t,
+    )
 
 @patch
 def _load(self:GradBlendOptimizer, path):
@@ -301,7 +360,8 @@ def _load(self:GradBlendOptimizer, path):
 
 # %% ../nbs/06_gradients.ipynb #c0047
 @patch
-def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexity, best_blend (the best number), results, settings
+# best_alpha, best_perplexity, best_blend (the best number), results, settings
+def run_grid_search(self:GradBlendOptimizer)->dict:
     "All trials that are not in the folder yet. Afterwards the model has its starting weights and the best α. `ValueError` for a folder that holds another search."
     if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
     self.results = []
@@ -309,14 +369,21 @@ def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexit
         for a in bar:
             path = self.folder and self.folder/f'alpha_{a}.json'
             r = self._load(path) if path and path.exists() else self.run_trial(a)
-            if path: part = path.with_suffix('.part'); part.write_text(json.dumps(dict(settings=self.settings, result=asdict(r)))); part.replace(path)
-            self.results.append(r); bar.set_postfix(alpha=a, perplexity=f'{r.final_perplexity:.3f}')
-    best = min(self.results, key=lambda r: r.final_perplexity); blends = [r for r in self.results if not isinstance(r.alpha, str)]
+            if path:
+                part = path.with_suffix('.part')
+                part.write_text(json.dumps(dict(settings=self.settings, result=asdict(r))))
+                part.replace(path)
+            self.results.append(r)
+            bar.set_postfix(alpha=a, perplexity=f'{r.final_perplexity:.3f}')
+    best = min(self.results, key=lambda r: r.final_perplexity)
+    blends = [r for r in self.results if not isinstance(r.alpha, str)]
     self.model.load_state_dict(self.start)
     for m in self.mods: m.grad_blend = best.alpha
     self.summary = dict(best_alpha=best.alpha, best_perplexity=best.final_perplexity, best_blend=min(blends, key=lambda r: r.final_perplexity).alpha if blends else None,
                         results=[asdict(r) for r in self.results], settings=self.settings)
-    if self.folder: (self.folder/'summary.json').write_text(json.dumps(self.summary, indent=1)); self._save_plot()
+    if self.folder:
+        (self.folder / 'summary.json').write_text(json.dumps(self.summary, indent=1))
+        self._save_plot()
     return self.summary
 
 # %% ../nbs/06_gradients.ipynb #c0048
@@ -325,28 +392,44 @@ def table(self:GradBlendOptimizer)->str:
     "What happened, a line per trial."
     if not self.results: raise ValueError('nothing to show: call run_grid_search first')
     head = '    α    valid nats  perplexity  speed (nats)  grad. variance   cosine: start    end'
-    return '\n'.join([head, *(f'{r.alpha!s:>6}{r.final_loss:11.4f}{r.final_perplexity:12.3f}{r.convergence_speed:12.3f}{r.gradient_variance:15.4f}{r.cosine_start:17.3f}{r.cosine_end:9.3f}' for r in self.results)])
+    return '\n'.join(
+        [
+            head,
+            *(
+                f'{r.alpha!s:>6}{r.final_loss:11.4f}{r.final_perplexity:12.3f}{r.convergence_speed:12.3f}{r.gradient_variance:15.4f}{r.cosine_start:17.3f}{r.cosine_end:9.3f}'
+                for r in self.results
+            ),
+        ]
+    )
 
 @patch
 def plot(self:GradBlendOptimizer): # matplotlib Figure
     "Training curves; final perplexity against α, with the exact gradient and the floors (of an `LMData`) as lines."
     import matplotlib.pyplot as plt
     if not self.results: raise ValueError('nothing to plot: call run_grid_search first')
-    lines = dict(exact='k', none='C3'); fig, ax = plt.subplots(1, 2, figsize=(11, 3.4)); blends = [r for r in self.results if not isinstance(r.alpha, str)]
+    lines = dict(exact='k', none='C3')
+    fig, ax = plt.subplots(1, 2, figsize=(11, 3.4))
+    blends = [r for r in self.results if not isinstance(r.alpha, str)]
     for r in self.results: ax[0].plot(r.losses, color=lines.get(r.alpha) or plt.cm.viridis(r.alpha), lw=1, label=f'{r.alpha}')
-    late = [x for r in self.results for x in r.losses[len(r.losses)//10:]]; ax[0].set(xlabel='record', ylabel='training loss (nats per token)', ylim=(min(late), max(late))); ax[0].legend(fontsize=6, ncol=2, title='α', title_fontsize=7)
+    late = [x for r in self.results for x in r.losses[len(r.losses) // 10 :]]
+    ax[0].set(xlabel='record', ylabel='training loss (nats per token)', ylim=(min(late), max(late)))
+    ax[0].legend(fontsize=6, ncol=2, title='α', title_fontsize=7)
     ax[1].plot([r.alpha for r in blends], [r.final_perplexity for r in blends], 'o-', label='(1−α)·theory + α·H7')
     for r in self.results:
         if r.alpha in lines: ax[1].axhline(r.final_perplexity, color=lines[r.alpha], label=r.alpha)
     for name,ls in (('unigram', ':'), ('bigram', '--')):
         if hasattr(self.data, 'floors'): ax[1].axhline(math.exp(getattr(self.data.floors, name)), ls=ls, color='grey', label=f'{name} floor')
-    ax[1].set(xlabel='grad_blend α', ylabel='validation perplexity'); ax[1].legend(fontsize=7); fig.tight_layout()
+    ax[1].set(xlabel='grad_blend α', ylabel='validation perplexity')
+    ax[1].legend(fontsize=7)
+    fig.tight_layout()
     return fig
 
 @patch
 def _save_plot(self:GradBlendOptimizer):
     import matplotlib.pyplot as plt
-    fig = self.plot(); fig.savefig(self.folder/'grad_blend.png', dpi=120); plt.close(fig)
+    fig = self.plot()
+    fig.savefig(self.folder / 'grad_blend.png', dpi=120)
+    plt.close(fig)
 
 # %% ../nbs/06_gradients.ipynb #c0059
 class MixedPrecisionBKCoreFunction(BKCoreFunction):
@@ -355,9 +438,11 @@ class MixedPrecisionBKCoreFunction(BKCoreFunction):
     @classmethod
     def apply(cls,
         he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, # as in `BKCoreFunction`
-        validate:bool=False, # compare with float64 and raise `ArithmeticError` above 1e-4 of the largest value (costs a second forward pass)
+        # compare with float64 and raise `ArithmeticError` above 1e-4 of the largest value (costs a second forward pass)
+        validate:bool=False,
         forward=torch.complex128, # type of the forward pass
-        store=torch.complex64, # type of what backward needs: complex128, complex64, float16 or bfloat16 (pairs)
+        # type of what backward needs: complex128, complex64, float16 or bfloat16 (pairs)
+        store=torch.complex64,
         backward=torch.complex64, # type of the adjoint, or 'adaptive': complex128 where the largest cotangent is below `threshold`
         threshold:float=1e-30, # see `backward`
         grad_blend=None, causal:bool=False, # as in `BKCoreFunction`
@@ -371,54 +456,87 @@ class MixedPrecisionBKCoreFunction(BKCoreFunction):
         return out
     @staticmethod
     def _validate(out, he_diag, h0_super, h0_sub, z, causal, limit=1e-4):
-        true = BKCoreFunction.apply(he_diag, h0_super, h0_sub, z, 'exact', causal); err = ((out.detach() - true).abs().max()/true.abs().max()).item() if true.numel() else 0.
+        true = BKCoreFunction.apply(he_diag, h0_super, h0_sub, z, 'exact', causal)
+        err = ((out.detach() - true).abs().max() / true.abs().max()).item() if true.numel() else 0.0
         if not err <= limit: raise ArithmeticError(f'mixed precision is off by {err:.2e} of the largest value; wanted ≤ {limit:.0e}')
 
 # %% ../nbs/06_gradients.ipynb #c0065
 def validate_mixed_precision_accuracy(
     batch_size:int=8, seq_len:int=128, # chains in a sample, sites in a chain
     num_samples:int=100, # random potentials, standard normal
-    threshold:float=1e-4, # largest error allowed, in G (absolute, as the seeds) and in the gradient (of its largest entry)
+    # largest error allowed, in G (absolute, as the seeds) and in the gradient (of its largest entry)
+    threshold:float=1e-4,
     z=1j, # complex shift
     seed:int=0,
     **kw, # to `MixedPrecisionBKCoreFunction.apply`, e.g. store=torch.bfloat16
-)->dict: # passed, max_error_{mean,std,max}, relative_error_{mean,max}, gradient_error_{mean,max}, threshold, num_samples
+# passed, max_error_{mean,std,max}, relative_error_{mean,max}, gradient_error_{mean,max}, threshold, num_samples
+)->dict:
     "Largest error of mixed precision per sample, against float64: a dense inverse up to 256 sites, pivots beyond; of the features and of the gradient for a random cotangent."
     gen, one, errs = torch.Generator().manual_seed(seed), torch.ones(seq_len-1), []
     for _ in range(num_samples):
-        v = torch.randn(batch_size, seq_len, generator=gen).requires_grad_(); v64 = v.detach().double()[...,None].requires_grad_()
+        v = torch.randn(batch_size, seq_len, generator=gen).requires_grad_()
+        v64 = v.detach().double()[..., None].requires_grad_()
         G = dense_resolvent(v64, z)[:,0].diagonal(dim1=-2, dim2=-1) if seq_len <= 256 else resolvent_diag(v64, z)[...,0]
-        mine, true = MixedPrecisionBKCoreFunction.apply(v - 2, one, one, z, False, **kw), torch.view_as_real(G); ct = torch.randn(mine.shape, generator=gen)
+        mine, true = MixedPrecisionBKCoreFunction.apply(v - 2, one, one, z, False, **kw), torch.view_as_real(
+            G
+        )
+        ct = torch.randn(mine.shape, generator=gen)
         g, g64 = torch.autograd.grad(mine, v, ct)[0], torch.autograd.grad(true, v64, ct.double())[0][...,0]
         err = (mine - true).detach().norm(dim=-1)
         errs.append([err.max().item(), (err/G.detach().abs()).max().item(), ((g - g64).abs().max()/g64.abs().max()).item()])
-    e = torch.tensor(errs, dtype=torch.float64); top = e.amax(0).tolist(); mean = e.mean(0).tolist()
+    e = torch.tensor(errs, dtype=torch.float64)
+    top = e.amax(0).tolist()
+    mean = e.mean(0).tolist()
     return dict(passed=max(top[0], top[2]) <= threshold, max_error_mean=mean[0], max_error_std=e[:,0].std(correction=0).item(), max_error_max=top[0], relative_error_mean=mean[1],
                 relative_error_max=top[1], gradient_error_mean=mean[2], gradient_error_max=top[2], threshold=threshold, num_samples=num_samples)
 
 # %% ../nbs/06_gradients.ipynb #c0070
-MODES = {'complex128 throughout': dict(forward=torch.complex128, store=torch.complex128, backward=torch.complex128),
-         "complex128 → complex64 (seeds)": dict(),
-         'complex64 throughout': dict(forward=torch.complex64),
-         'float16 kept': dict(forward=torch.complex64, store=torch.float16),
-         'bfloat16 kept': dict(forward=torch.complex64, store=torch.bfloat16)}
+MODES = {
+    'complex128 throughout': dict(
+        forward=torch.complex128, store=torch.complex128, backward=torch.complex128
+    ),
+    "complex128 → complex64 (seeds)": dict(),
+    'complex64 throughout': dict(forward=torch.complex64),
+    'float16 kept': dict(forward=torch.complex64, store=torch.float16),
+    'bfloat16 kept': dict(forward=torch.complex64, store=torch.bfloat16),
+}
 
 def benchmark_mixed_precision(
     batch_size:int=64, seq_len:int=512, # chains, sites
     z=1j, # complex shift
     rounds:int=7, # of the timing
     verbose:bool=True, # print the table
-)->list: # of dict: mode, forward_error, gradient_error (of the largest value), forward_ms, backward_ms, bytes_per_site kept for backward
+# of dict: mode, forward_error, gradient_error (of the largest value), forward_ms, backward_ms, bytes_per_site kept for backward
+)->list:
     "Every mode of `MODES` on the same float32 potentials, timed side by side, against float64."
-    he, one = (torch.randn(batch_size, seq_len) - 2).requires_grad_(), torch.ones(seq_len-1); ct = torch.randn(batch_size, seq_len, 2)
-    h64 = he.detach().double().requires_grad_(); true = BKCoreFunction.apply(h64, one, one, z); g64, = torch.autograd.grad(true, h64, ct.double())
-    run = {n: (lambda kw=kw: MixedPrecisionBKCoreFunction.apply(he, one, one, z, False, **kw)) for n,kw in MODES.items()}; out = {n: f() for n,f in run.items()}
+    he, one = (torch.randn(batch_size, seq_len) - 2).requires_grad_(), torch.ones(seq_len - 1)
+    ct = torch.randn(batch_size, seq_len, 2)
+    h64 = he.detach().double().requires_grad_()
+    true = BKCoreFunction.apply(h64, one, one, z)
+    (g64,) = torch.autograd.grad(true, h64, ct.double())
+    run = {
+        n: (lambda kw=kw: MixedPrecisionBKCoreFunction.apply(he, one, one, z, False, **kw))
+        for n, kw in MODES.items()
+    }
+    out = {n: f() for n, f in run.items()}
     back = {n: (lambda o=o: torch.autograd.grad(o, he, ct, retain_graph=True)[0]) for n,o in out.items()}
     fms, bms = time_together(run, rounds), time_together(back, rounds)
     err = lambda x, t: ((x.detach() - t).abs().max()/t.abs().max()).item()
-    rows = [dict(mode=n, forward_error=err(out[n], true.detach()), gradient_error=err(back[n](), g64), forward_ms=fms[n], backward_ms=bms[n], bytes_per_site=saved_bytes(run[n])/he.numel()) for n in MODES]
+    rows = [
+        dict(
+            mode=n,
+            forward_error=err(out[n], true.detach()),
+            gradient_error=err(back[n](), g64),
+            forward_ms=fms[n],
+            backward_ms=bms[n],
+            bytes_per_site=saved_bytes(run[n]) / he.numel(),
+        )
+        for n in MODES
+    ]
     if verbose:
-        print(f'{batch_size} chains of {seq_len} sites, z = {z}, {torch.get_num_threads()} threads, torch {torch.__version__}\n{"":32s}error of G  of gradient   forward   backward   kept')
+        print(
+            f'{batch_size} chains of {seq_len} sites, z = {z}, {torch.get_num_threads()} threads, torch {torch.__version__}\n{"":32s}error of G  of gradient   forward   backward   kept'
+        )
         for r in rows: print(f"{r['mode']:32s}{r['forward_error']:10.1e}{r['gradient_error']:13.1e}{r['forward_ms']:8.2f} ms{r['backward_ms']:8.2f} ms{r['bytes_per_site']:5.0f} B/site")
     return rows
 
@@ -428,8 +546,13 @@ def saved_bytes(
 )->int: # bytes
     "Bytes that autograd keeps for the backward pass of f, each piece of memory counted once (also where it belongs to an input)."
     seen = {}
-    def pack(t): s = t.untyped_storage(); seen[s.data_ptr()] = s.nbytes(); return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()   # held, so that no address is used twice
+    def pack(t):
+        s = t.untyped_storage()
+        seen[s.data_ptr()] = s.nbytes()
+        return t
+
+    # held, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
     return sum(seen.values())
 
 # %% ../nbs/06_gradients.ipynb #c0077
@@ -443,8 +566,10 @@ class MemoryOptimizedBKCoreFunction(BKCoreFunction):
     GRAD_BLEND, CHUNK = 'exact', 1 << 16
     @classmethod
     def apply(cls,
-        he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, grad_blend=None, causal:bool=False, # as in `BKCoreFunction`
-        chunk:int=None, # about so many sites (chains × length) at a time in the backward pass, and 16 chains at least; None = CHUNK
+        # as in `BKCoreFunction`
+        he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, grad_blend=None, causal:bool=False,
+        # about so many sites (chains × length) at a time in the backward pass, and 16 chains at least; None = CHUNK
+        chunk:int=None,
     )->Tensor: # (B, N, 2)
         "`ValueError` as `BKCoreFunction`, and for a chunk below 1."
         chunk = cls.CHUNK if chunk is None else chunk
@@ -452,8 +577,13 @@ class MemoryOptimizedBKCoreFunction(BKCoreFunction):
         return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal, store='recompute', chunk=chunk))
 
 # %% ../nbs/06_gradients.ipynb #c0086
-class _Alive(TorchDispatchMode): # counts the memory of every tensor that an operation makes, until it is freed
-    def __init__(self): super().__init__(); self.seen, self.now, self.top = WeakIdKeyDictionary(), 0, 0
+# counts the memory of every tensor that an operation makes, until it is freed
+class _Alive(TorchDispatchMode):
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.top = WeakIdKeyDictionary(), 0, 0
+
     def _free(self, n): self.now -= n
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for t in tree_leaves((args, kwargs)): self._see(t, False)                  # was there before
@@ -462,7 +592,9 @@ class _Alive(TorchDispatchMode): # counts the memory of every tensor that an ope
         return out
     def _see(self, t, new):
         if not isinstance(t, Tensor) or (s := t.untyped_storage()) in self.seen: return
-        self.seen[s] = n = s.nbytes()*new; self.now += n; self.top = max(self.top, self.now)
+        self.seen[s] = n = s.nbytes() * new
+        self.now += n
+        self.top = max(self.top, self.now)
         weakref.finalize(s, self._free, n)
 
 def peak_bytes(
@@ -479,7 +611,8 @@ def profile_batched_gradient(
     rounds:int=5, # of the timing
     max_loop:int=64, # chains up to which one at a time is tried
     verbose:bool=True, # print the table
-)->list: # of dict: batch_size, seq_len, milliseconds loop_ms (None if not tried), vmap_ms, batched_ms, recompute_ms; saved and peak bytes of the last two
+# of dict: batch_size, seq_len, milliseconds loop_ms (None if not tried), vmap_ms, batched_ms, recompute_ms; saved and peak bytes of the last two
+)->list:
     "Forward and backward of the exact gradient: chain by chain, by `vmap`, batched, and with recomputation; side by side."
     rows = []
     for B in batch_sizes:
@@ -489,7 +622,8 @@ def profile_batched_gradient(
             step = lambda f: lambda: torch.autograd.grad(f(), he, ct)
             fs = dict(vmap=step(lambda: torch.func.vmap(single)(he)), batched=step(lambda: many(he, one, one, z)), recompute=step(lambda: lean(he, one, one, z)))
             if B <= max_loop: fs['loop'] = step(lambda: torch.stack([single(h) for h in he]))
-            ms = time_together(fs, rounds); row = dict(batch_size=B, seq_len=N, loop_ms=None) | {f'{k}_ms': t for k,t in ms.items()}
+            ms = time_together(fs, rounds)
+            row = dict(batch_size=B, seq_len=N, loop_ms=None) | {f'{k}_ms': t for k, t in ms.items()}
             for k,f in (('batched', many), ('recompute', lean)): row |= {f'{k}_saved': saved_bytes(lambda: f(he, one, one, z)), f'{k}_peak': peak_bytes(fs[k])}
             rows.append(row)
     if verbose: _print_profile(rows)
@@ -498,6 +632,7 @@ def profile_batched_gradient(
 def _print_profile(rows):
     print(f'forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}\n    B      N     loop     vmap  batched  recompute (ms)   kept: batched  recompute  share   peak: batched  recompute (MB)   time')
     for r in rows:
-        loop = '       –' if r['loop_ms'] is None else f"{r['loop_ms']:8.2f}"; mb = {k: r[k]/2**20 for k in r if k.endswith(('saved', 'peak'))}
+        loop = '       –' if r['loop_ms'] is None else f"{r['loop_ms']:8.2f}"
+        mb = {k: r[k] / 2**20 for k in r if k.endswith(('saved', 'peak'))}
         print(f"{r['batch_size']:5d}{r['seq_len']:7d} {loop} {r['vmap_ms']:8.2f} {r['batched_ms']:8.2f} {r['recompute_ms']:10.2f} {mb['batched_saved']:20.2f}{mb['recompute_saved']:11.2f}"
               f"{r['recompute_saved']/r['batched_saved']:7.0%}{mb['batched_peak']:16.2f}{mb['recompute_peak']:11.2f}{r['recompute_ms']/r['batched_ms']:12.2f}×")

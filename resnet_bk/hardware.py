@@ -19,7 +19,14 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from . import bk_core, mixers
 from .bk_core import CPP_STEPS, CppLibrary, BACKENDS, Reference, resolvent_diag, resolvent_mix
-from .mixers import BKMixer, BKAttention, layer_op, layer_backward_op, attention_op, attention_backward_op
+from resnet_bk.mixers import (
+    BKMixer,
+    BKAttention,
+    layer_op,
+    layer_backward_op,
+    attention_op,
+    attention_backward_op,
+)
 from .model import ModelConfig, ResNetBK
 from .learner import _accelerator
 
@@ -37,7 +44,8 @@ def plan(chains:int, # B·C
     return -(-N//length), length
 
 # %% ../nbs/10_hardware.ipynb #c0013
-CUDA_LAUNCH = r'''
+#| echo: false
+CUDA_LAUNCH = Cpp(r'''
 #include <cstdint>
 #include <cstring>
 #include <cmath>
@@ -46,46 +54,71 @@ typedef int64_t I;
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define BK_UNROLL _Pragma("unroll")
-template <class K> __global__ void lane_kernel(K k, I n) { I i = blockIdx.x * (I)blockDim.x + threadIdx.x; if (i < n) k(i); }
+template <class K> __global__ void lane_kernel(K k, I n) {
+  I i = blockIdx.x * (I)blockDim.x + threadIdx.x;
+  if (i < n) k(i);
+}
 template <class K> __global__ void block_kernel(K k) {
   extern __shared__ __align__(16) char room[];
-  for (int p = 0; p < K::PHASES; p++) { k(p, room, (I)blockIdx.x, (int)threadIdx.x, (int)blockDim.x); __syncthreads(); }
+  for (int p = 0; p < K::PHASES; p++) {
+    k(p, room, (I)blockIdx.x, (int)threadIdx.x, (int)blockDim.x);
+    __syncthreads();
+  }
 }
 template <class K> int launch(const K& k, I n, int threads, void* stream) {
-  if (n > 0) lane_kernel<<<(unsigned)((n + threads - 1) / threads), threads, 0, (cudaStream_t)stream>>>(k, n);
+  if (n > 0)
+    lane_kernel<<<(unsigned)((n + threads - 1) / threads), threads, 0, (cudaStream_t)stream>>>(k, n);
   return (int)cudaGetLastError();
 }
+''')
+
+# %% ../nbs/10_hardware.ipynb #6e9ec21f
+#| echo: false
+CUDA_LAUNCH += Cpp(r'''
 template <class K> int launch_blocks(const K& k, I blocks, int threads, void* stream) {
   if (blocks <= 0) return 0;
-  size_t room = k.room();                              // more than 48 KiB of shared memory must be asked for
-  if (room > 49152) { cudaError_t e = cudaFuncSetAttribute(block_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room); if (e) return (int)e; }
+  size_t room = k.room();  // more than 48 KiB of shared memory must be asked for
+  if (room > 49152) {
+    cudaError_t e =
+        cudaFuncSetAttribute(block_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room);
+    if (e) return (int)e;
+  }
   block_kernel<<<(unsigned)blocks, threads, room, (cudaStream_t)stream>>>(k);
   return (int)cudaGetLastError();
 }
 extern "C" int bk_device(const I* a) { return (int)cudaSetDevice((int)a[0]); }
 extern "C" const char* bk_error(int e) { return cudaGetErrorString((cudaError_t)e); }
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0015
-CUDA_LAUNCH += r'''
+#| echo: false
+CUDA_LAUNCH += Cpp(r'''
 #else
 #define BK_UNROLL
-static int bk_backwards = 0;                           // run the threads of a block from the last to the first
-extern "C" int bk_order(const I* a) { bk_backwards = (int)a[0]; return 0; }
+static int bk_backwards = 0;  // run the threads of a block from the last to the first
+extern "C" int bk_order(const I* a) {
+  bk_backwards = (int)a[0];
+  return 0;
+}
 template <class K> int launch(const K& k, I n, int threads, void*) {
-  #pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic)
   for (I b = 0; b < (n + threads - 1) / threads; b++)
-    for (int t = 0; t < threads; t++) { I i = b * threads + (bk_backwards ? threads - 1 - t : t); if (i < n) k(i); }
+    for (int t = 0; t < threads; t++) {
+      I i = b * threads + (bk_backwards ? threads - 1 - t : t);
+      if (i < n) k(i);
+    }
   return 0;
 }
 template <class K> int launch_blocks(const K& k, I blocks, int threads, void*) {
-  #pragma omp parallel
+#pragma omp parallel
   {
     std::vector<double> room(k.room() / 8 + 2);
-    #pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic)
     for (I b = 0; b < blocks; b++) {
       std::memset(room.data(), 0xff, room.size() * 8);
-      for (int p = 0; p < K::PHASES; p++) for (int t = 0; t < threads; t++) k(p, (char*)room.data(), b, bk_backwards ? threads - 1 - t : t, threads);
+      for (int p = 0; p < K::PHASES; p++)
+        for (int t = 0; t < threads; t++)
+          k(p, (char*)room.data(), b, bk_backwards ? threads - 1 - t : t, threads);
     }
   }
   return 0;
@@ -93,272 +126,760 @@ template <class K> int launch_blocks(const K& k, I blocks, int threads, void*) {
 extern "C" int bk_device(const I*) { return 0; }
 extern "C" const char* bk_error(int) { return "host"; }
 #endif
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0019
-CUDA_VIEWS = r'''
-template <class T> struct alignas(2 * sizeof(T)) Pair { T re, im; };
-template <class T> struct View { T* p; I sb, sn, rows; T fill;
+#| echo: false
+CUDA_VIEWS = Cpp(r'''
+template <class T> struct alignas(2 * sizeof(T)) Pair {
+  T re, im;
+};
+template <class T> struct View {
+  T* p;
+  I sb, sn, rows;
+  T fill;
   BK_HD T get(I b, I i, I c) const { return p && i >= 0 && i < rows ? p[b * sb + i * sn + c] : fill; }
-  BK_HD void put(I b, I i, I c, T x) const { if (p && i >= 0 && i < rows) p[b * sb + i * sn + c] = x; }
+  BK_HD void put(I b, I i, I c, T x) const {
+    if (p && i >= 0 && i < rows) p[b * sb + i * sn + c] = x;
+  }
   BK_HD Complex<T> pair(I b, I i, I c) const {
     if (!p || i < 0 || i >= rows) return {T(0), T(0)};
-    Pair<T> x = *(const Pair<T>*)(p + b * sb + i * sn + 2 * c); return {x.re, x.im};
+    Pair<T> x = *(const Pair<T>*)(p + b * sb + i * sn + 2 * c);
+    return {x.re, x.im};
   }
-  template <class A> BK_HD void put_pair(I b, I i, I c, Complex<A> x) const { if (p) *(Pair<T>*)(p + b * sb + i * sn + 2 * c) = Pair<T>{T(x.re), T(x.im)}; }
+  template <class A> BK_HD void put_pair(I b, I i, I c, Complex<A> x) const {
+    if (p) *(Pair<T>*)(p + b * sb + i * sn + 2 * c) = Pair<T>{T(x.re), T(x.im)};
+  }
 };
 template <class A, class T> BK_HD Complex<A> as(Complex<T> z) { return {A(z.re), A(z.im)}; }
 typedef Complex<double> Z;
-struct Job { I B, N, C, K, len; BK_HD I lanes() const { return B * K * C; } };   // lane = (b K + k) C + c
+''')
 
-struct Args {                                          // B N C K len off stream work bad E eta single, then per tensor (pointer, batch stride, row stride, rows)
-  const I* a; int at;
+# %% ../nbs/10_hardware.ipynb #c9fd76d3
+#| echo: false
+CUDA_VIEWS += Cpp(r'''
+struct Job {
+  I B, N, C, K, len;
+  BK_HD I lanes() const { return B * K * C; }
+};  // lane = (b K + k) C + c
+
+struct Args {  // B N C K len off stream work bad E eta single, then per tensor (pointer, batch stride,
+               // row stride, rows)
+  const I* a;
+  int at;
   Job job() const { return {a[0], a[1], a[2], a[3], a[4]}; }
-  I off() const { return a[5]; } void* stream() const { return (void*)a[6]; } double* work() const { return (double*)a[7]; } int* bad() const { return (int*)a[8]; }
-  template <class T> const T* E() const { return (const T*)a[9]; } template <class T> const T* eta() const { return (const T*)a[10]; } bool single() const { return a[11]; }
-  template <class T> View<T> view(T fill = 0) { const I* q = a + at; at += 4; return {(T*)q[0], q[1], q[2], q[3], fill}; }
-  template <class T> T* ptr() { T* p = (T*)a[at]; at += 4; return p; }
+  I off() const { return a[5]; }
+  void* stream() const { return (void*)a[6]; }
+  double* work() const { return (double*)a[7]; }
+  int* bad() const { return (int*)a[8]; }
+  template <class T> const T* E() const { return (const T*)a[9]; }
+  template <class T> const T* eta() const { return (const T*)a[10]; }
+  bool single() const { return a[11]; }
+  template <class T> View<T> view(T fill = 0) {
+    const I* q = a + at;
+    at += 4;
+    return {(T*)q[0], q[1], q[2], q[3], fill};
+  }
+  template <class T> T* ptr() {
+    T* p = (T*)a[at];
+    at += 4;
+    return p;
+  }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0021
-CUDA_SWEEP = r'''
+#| echo: false
+CUDA_SWEEP = Cpp(r'''
 enum { AHEAD = 8, LINKS = 64 };
-template <class Op, bool FOLD> struct Sweep {          // one thread: one chain, or one chunk of it
-  Op op; Job j; const double* in; double* out;         // states where the chunks begin, maps of the chunks: [number][lane]
-  typedef typename Op::Row Row; typedef typename Op::State State; typedef typename Op::Map Map; typedef typename Op::Local Local;
+template <class Op, bool FOLD> struct Sweep {  // one thread: one chain, or one chunk of it
+  Op op;
+  Job j;
+  const double* in;
+  double* out;  // states where the chunks begin, maps of the chunks: [number][lane]
+  typedef typename Op::Row Row;
+  typedef typename Op::State State;
+  typedef typename Op::Map Map;
+  typedef typename Op::Local Local;
   BK_HD I row(I n0, I n, I i) const { return Op::REV ? n0 + n - 1 - i : n0 + i; }
-  template <bool ALL> BK_HD void rows(Row* now, Row* next, Local& l, State& s, Map& m, I b, I c, I n0, I n, I i) const {
-    BK_UNROLL for (int q = 0; q < AHEAD; q++) if (ALL || i + AHEAD + q < n) op.read(next[q], b, row(n0, n, i + AHEAD + q), c);
+  template <bool ALL>
+  BK_HD void rows(Row* now, Row* next, Local& l, State& s, Map& m, I b, I c, I n0, I n, I i) const {
+    BK_UNROLL for (int q = 0; q < AHEAD; q++) if (ALL || i + AHEAD + q < n)
+        op.read(next[q], b, row(n0, n, i + AHEAD + q), c);
     BK_UNROLL for (int q = 0; q < AHEAD; q++) if (ALL || i + q < n) {
-      if constexpr (FOLD) { op.fold(m, l, now[q]); if (q % 4 == 3) m.tidy(); } else op.step(s, l, now[q], b, row(n0, n, i + q), c);
+      if constexpr (FOLD) {
+        op.fold(m, l, now[q]);
+        if (q % 4 == 3) m.tidy();
+      } else op.step(s, l, now[q], b, row(n0, n, i + q), c);
     }
     BK_UNROLL for (int q = 0; q < AHEAD; q++) now[q] = next[q];
   }
+''')
+
+# %% ../nbs/10_hardware.ipynb #3086db98
+#| echo: false
+CUDA_SWEEP += Cpp(r'''
   BK_HD void operator()(I lane) const {
-    const I c = lane % j.C, k = lane / j.C % j.K, b = lane / j.C / j.K, n0 = k * j.len, n = j.len < j.N - n0 ? j.len : j.N - n0, lanes = j.lanes();
-    Local l; State s; Map m; Row now[AHEAD], next[AHEAD];
-    op.open(l, b, c, n0); m.unit();
-    if (!FOLD) { Z z[2] = {}; if (in) for (int x = 0; x < Op::X; x++) z[x] = {in[2 * x * lanes + lane], in[(2 * x + 1) * lanes + lane]}; else op.start(z, b, c); s.set(z); }
+    const I c = lane % j.C, k = lane / j.C % j.K, b = lane / j.C / j.K, n0 = k * j.len,
+            n = j.len < j.N - n0 ? j.len : j.N - n0, lanes = j.lanes();
+    Local l;
+    State s;
+    Map m;
+    Row now[AHEAD], next[AHEAD];
+    op.open(l, b, c, n0);
+    m.unit();
+    if (!FOLD) {
+      Z z[2] = {};
+      if (in)
+        for (int x = 0; x < Op::X; x++) z[x] = {in[2 * x * lanes + lane], in[(2 * x + 1) * lanes + lane]};
+      else op.start(z, b, c);
+      s.set(z);
+    }
     BK_UNROLL for (int q = 0; q < AHEAD; q++) if (q < n) op.read(now[q], b, row(n0, n, q), c);
-    for (I i = 0; i < n; i += AHEAD) { if (i + 2 * AHEAD <= n) rows<true>(now, next, l, s, m, b, c, n0, n, i); else rows<false>(now, next, l, s, m, b, c, n0, n, i); }
-    if (FOLD) { m.tidy(); for (int x = 0; x < Map::SIZE; x++) out[x * lanes + lane] = ((const double*)&m)[x]; }
-    else op.close(s, l, lane, b, c, Op::REV ? k == 0 : k == j.K - 1);
+    for (I i = 0; i < n; i += AHEAD) {
+      if (i + 2 * AHEAD <= n) rows<true>(now, next, l, s, m, b, c, n0, n, i);
+      else rows<false>(now, next, l, s, m, b, c, n0, n, i);
+    }
+    if (FOLD) {
+      m.tidy();
+      for (int x = 0; x < Map::SIZE; x++) out[x * lanes + lane] = ((const double*)&m)[x];
+    } else op.close(s, l, lane, b, c, Op::REV ? k == 0 : k == j.K - 1);
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0023
-CUDA_MAPS = r'''
-struct Moebius { enum { SIZE = 13 }; Z p[2], q[2], s[2]; double r;
-  BK_HD void unit() { p[0] = q[1] = {1, 0}; p[1] = q[0] = s[0] = s[1] = {0, 0}; r = 1; }
-  BK_HD void tidy() {
-    double m = 0; for (int c = 0; c < 2; c++) m += p[c].re * p[c].re + p[c].im * p[c].im + q[c].re * q[c].re + q[c].im * q[c].im;
-    m = 1 / sqrt(m); r *= m; for (int c = 0; c < 2; c++) { p[c] = p[c] * m; q[c] = q[c] * m; s[c] = s[c] * m; }
+#| echo: false
+CUDA_MAPS = Cpp(r'''
+struct Moebius {
+  enum { SIZE = 13 };
+  Z p[2], q[2], s[2];
+  double r;
+  BK_HD void unit() {
+    p[0] = q[1] = {1, 0};
+    p[1] = q[0] = s[0] = s[1] = {0, 0};
+    r = 1;
   }
-  BK_HD void after(const Moebius& b) {                 // this one, done after b
-    Moebius a = *this; r = a.r * b.r;
-    for (int c = 0; c < 2; c++) { p[c] = a.p[0] * b.p[c] + a.p[1] * b.q[c]; q[c] = a.q[0] * b.p[c] + a.q[1] * b.q[c]; s[c] = a.s[0] * b.p[c] + a.s[1] * b.q[c] + b.s[c] * a.r; }
+  BK_HD void tidy() {
+    double m = 0;
+    for (int c = 0; c < 2; c++)
+      m += p[c].re * p[c].re + p[c].im * p[c].im + q[c].re * q[c].re + q[c].im * q[c].im;
+    m = 1 / sqrt(m);
+    r *= m;
+    for (int c = 0; c < 2; c++) {
+      p[c] = p[c] * m;
+      q[c] = q[c] * m;
+      s[c] = s[c] * m;
+    }
+  }
+  BK_HD void after(const Moebius& b) {  // this one, done after b
+    Moebius a = *this;
+    r = a.r * b.r;
+    for (int c = 0; c < 2; c++) {
+      p[c] = a.p[0] * b.p[c] + a.p[1] * b.q[c];
+      q[c] = a.q[0] * b.p[c] + a.q[1] * b.q[c];
+      s[c] = a.s[0] * b.p[c] + a.s[1] * b.q[c] + b.s[c] * a.r;
+    }
     tidy();
   }
-  BK_HD void apply(Z* z) const { Z d = (p[0] + p[1] * z[0]).recip(), g = q[0] + q[1] * z[0], y = s[0] + s[1] * z[0] + z[1] * r; z[0] = g * d; z[1] = y * d; }
+''')
+
+# %% ../nbs/10_hardware.ipynb #bf3f982d
+#| echo: false
+CUDA_MAPS += Cpp(r'''
+  BK_HD void apply(Z* z) const {
+    Z d = (p[0] + p[1] * z[0]).recip(), g = q[0] + q[1] * z[0], y = s[0] + s[1] * z[0] + z[1] * r;
+    z[0] = g * d;
+    z[1] = y * d;
+  }
 };
-struct Affine { enum { SIZE = 4 }; Z a, b;             // x -> a x + b
-  BK_HD void unit() { a = {1, 0}; b = {0, 0}; } BK_HD void tidy() {}
-  BK_HD void after(const Affine& f) { b = a * f.b + b; a = a * f.a; }
+struct Affine {
+  enum { SIZE = 4 };
+  Z a, b;  // x -> a x + b
+  BK_HD void unit() {
+    a = {1, 0};
+    b = {0, 0};
+  }
+  BK_HD void tidy() {}
+  BK_HD void after(const Affine& f) {
+    b = a * f.b + b;
+    a = a * f.a;
+  }
   BK_HD void apply(Z* z) const { z[0] = a * z[0] + b; }
 };
-struct Affine2 { enum { SIZE = 10 }; Z a, b, c, d, e;  // P -> a P + b,  L -> c L + d P + e
-  BK_HD void unit() { a = c = {1, 0}; b = d = e = {0, 0}; } BK_HD void tidy() {}
-  BK_HD void after(const Affine2& f) { e = c * f.e + d * f.b + e; d = c * f.d + d * f.a; c = c * f.c; b = a * f.b + b; a = a * f.a; }
-  BK_HD void apply(Z* z) const { Z P = a * z[0] + b; z[1] = c * z[1] + d * z[0] + e; z[0] = P; }
+''')
+
+# %% ../nbs/10_hardware.ipynb #1bfd0ef2
+#| echo: false
+CUDA_MAPS += Cpp(r'''
+struct Affine2 {
+  enum { SIZE = 10 };
+  Z a, b, c, d, e;  // P -> a P + b,  L -> c L + d P + e
+  BK_HD void unit() {
+    a = c = {1, 0};
+    b = d = e = {0, 0};
+  }
+  BK_HD void tidy() {}
+  BK_HD void after(const Affine2& f) {
+    e = c * f.e + d * f.b + e;
+    d = c * f.d + d * f.a;
+    c = c * f.c;
+    b = a * f.b + b;
+    a = a * f.a;
+  }
+  BK_HD void apply(Z* z) const {
+    Z P = a * z[0] + b;
+    z[1] = c * z[1] + d * z[0] + e;
+    z[0] = P;
+  }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0025
-CUDA_MAPS += r'''
-template <class Op> struct Link { enum { PHASES = 3 }; typedef typename Op::Map Map;
-  Op op; Job j; const double* maps; double* in;
+#| echo: false
+CUDA_MAPS += Cpp(r'''
+template <class Op> struct Link {
+  enum { PHASES = 3 };
+  typedef typename Op::Map Map;
+  Op op;
+  Job j;
+  const double* maps;
+  double* in;
   size_t room() const { return LINKS * (sizeof(Map) + 2 * sizeof(Z)); }
   BK_HD I lane(I b, I c, I q) const { return (b * j.K + (Op::REV ? j.K - 1 - q : q)) * j.C + c; }
-  BK_HD Map load(I l) const { Map m; for (int x = 0; x < Map::SIZE; x++) ((double*)&m)[x] = maps[x * j.lanes() + l]; return m; }
+  BK_HD Map load(I l) const {
+    Map m;
+    for (int x = 0; x < Map::SIZE; x++) ((double*)&m)[x] = maps[x * j.lanes() + l];
+    return m;
+  }
+''')
+
+# %% ../nbs/10_hardware.ipynb #c48bc1f0
+#| echo: false
+CUDA_MAPS += Cpp(r'''
   BK_HD void operator()(int phase, char* mem, I block, int t, int) const {
-    Map* run = (Map*)mem; Z* state = (Z*)(run + LINKS); const I b = block / j.C, c = block % j.C, per = (j.K + LINKS - 1) / LINKS;
+    Map* run = (Map*)mem;
+    Z* state = (Z*)(run + LINKS);
+    const I b = block / j.C, c = block % j.C, per = (j.K + LINKS - 1) / LINKS;
     const I q0 = t * per < j.K ? t * per : j.K, q1 = q0 + per < j.K ? q0 + per : j.K;
-    if (phase == 0) { Map m; m.unit(); for (I q = q0; q < q1; q++) { Map a = load(lane(b, c, q)); a.after(m); m = a; } run[t] = m; }
-    if (phase == 1 && t == 0) { Z z[2] = {}; op.start(z, b, c); for (int g = 0; g < LINKS; g++) { state[2 * g] = z[0]; state[2 * g + 1] = z[1]; run[g].apply(z); } }
+    if (phase == 0) {
+      Map m;
+      m.unit();
+      for (I q = q0; q < q1; q++) {
+        Map a = load(lane(b, c, q));
+        a.after(m);
+        m = a;
+      }
+      run[t] = m;
+    }
+    if (phase == 1 && t == 0) {
+      Z z[2] = {};
+      op.start(z, b, c);
+      for (int g = 0; g < LINKS; g++) {
+        state[2 * g] = z[0];
+        state[2 * g + 1] = z[1];
+        run[g].apply(z);
+      }
+    }
+''')
+
+# %% ../nbs/10_hardware.ipynb #9d63e800
+#| echo: false
+CUDA_MAPS += Cpp(r'''
     if (phase == 2) {
       Z z[2] = {state[2 * t], state[2 * t + 1]};
-      for (I q = q0; q < q1; q++) { I l = lane(b, c, q); for (int x = 0; x < Op::X; x++) { in[2 * x * j.lanes() + l] = z[x].re; in[(2 * x + 1) * j.lanes() + l] = z[x].im; } load(l).apply(z); }
+      for (I q = q0; q < q1; q++) {
+        I l = lane(b, c, q);
+        for (int x = 0; x < Op::X; x++) {
+          in[2 * x * j.lanes() + l] = z[x].re;
+          in[(2 * x + 1) * j.lanes() + l] = z[x].im;
+        }
+        load(l).apply(z);
+      }
     }
   }
 };
 template <class Op> int drive(const Op& op, const Job& j, double* work, void* stream) {
   if (j.N <= 0) return 0;
   if (j.K == 1) return launch(Sweep<Op, false>{op, j, nullptr, nullptr}, j.lanes(), 64, stream);
-  double *maps = work, *in = work + Op::Map::SIZE * j.lanes(); int e = launch(Sweep<Op, true>{op, j, nullptr, maps}, j.lanes(), 64, stream);
+  double *maps = work, *in = work + Op::Map::SIZE * j.lanes();
+  int e = launch(Sweep<Op, true>{op, j, nullptr, maps}, j.lanes(), 64, stream);
   if (!e) e = launch_blocks(Link<Op>{op, j, maps, in}, j.B * j.C, LINKS, stream);
   return e ? e : launch(Sweep<Op, false>{op, j, in, nullptr}, j.lanes(), 64, stream);
 }
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0027
-CUDA_SCAN = r'''
-template <class T, class A, bool R> struct ScanOp { enum { REV = R, X = 2 }; typedef Moebius Map;
-  View<T> v, w, u, hop, gl, g, y, G; const T *E, *eta, *g0, *y0; int* bad; I off, C;
-  struct Row { T v, w, u, t; Complex<T> gl; };
-  struct Local { A base, eta; };
-  struct State { Complex<A> g, y; BK_HD void set(const Z* z) { g = as<A>(z[0]); y = as<A>(z[1]); } };
-  BK_HD void open(Local& l, I, I c, I) const { l.base = -2 - A(E[c]); l.eta = eta[c]; if (!(l.eta > 0)) bad[1] = 1; }
+#| echo: false
+CUDA_SCAN = Cpp(r'''
+template <class T, class A, bool R> struct ScanOp {
+  enum { REV = R, X = 2 };
+  typedef Moebius Map;
+  View<T> v, w, u, hop, gl, g, y, G;
+  const T *E, *eta, *g0, *y0;
+  int* bad;
+  I off, C;
+  struct Row {
+    T v, w, u, t;
+    Complex<T> gl;
+  };
+  struct Local {
+    A base, eta;
+  };
+  struct State {
+    Complex<A> g, y;
+    BK_HD void set(const Z* z) {
+      g = as<A>(z[0]);
+      y = as<A>(z[1]);
+    }
+  };
+  BK_HD void open(Local& l, I, I c, I) const {
+    l.base = -2 - A(E[c]);
+    l.eta = eta[c];
+    if (!(l.eta > 0)) bad[1] = 1;
+  }
   BK_HD void start(Z* z, I b, I c) const {
-    const I q = 2 * (b * C + c); z[0] = z[1] = {0, 0};
+    const I q = 2 * (b * C + c);
+    z[0] = z[1] = {0, 0};
     if (g0) z[0] = {double(g0[q]), double(g0[q + 1])};
     if (y0) z[1] = {double(y0[q]), double(y0[q + 1])};
   }
-  BK_HD void read(Row& r, I b, I i, I c) const { r.v = v.get(b, i, c); r.w = w.get(b, i, c); r.u = u.get(b, i, c); r.t = hop.get(b, R ? i + off : i + off - 1, c); if (R) r.gl = gl.pair(b, i, c); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #3cdd1f96
+#| echo: false
+CUDA_SCAN += Cpp(r'''
+  BK_HD void read(Row& r, I b, I i, I c) const {
+    r.v = v.get(b, i, c);
+    r.w = w.get(b, i, c);
+    r.u = u.get(b, i, c);
+    r.t = hop.get(b, R ? i + off : i + off - 1, c);
+    if (R) r.gl = gl.pair(b, i, c);
+  }
   BK_HD void step(State& s, Local& l, const Row& r, I b, I i, I c) const {
     if (r.w < 0 || r.t < 0) bad[0] = 1;
-    const A t = r.t; const Complex<A> a = {l.base + A(r.v), -(l.eta + A(r.w))}, kg = s.g * (t * t);
+    const A t = r.t;
+    const Complex<A> a = {l.base + A(r.v), -(l.eta + A(r.w))}, kg = s.g * (t * t);
     if (R && G.p) G.put_pair(b, i, c, two_sided(as<A>(r.gl), kg));
-    s.g = pivot_step(a, kg); g.put_pair(b, i, c, s.g);
-    if (y.p) { s.y = mix_step(s.g, s.y, t, A(r.u)); y.put_pair(b, i, c, s.y); }
+    s.g = pivot_step(a, kg);
+    g.put_pair(b, i, c, s.g);
+    if (y.p) {
+      s.y = mix_step(s.g, s.y, t, A(r.u));
+      y.put_pair(b, i, c, s.y);
+    }
   }
   BK_HD void fold(Map& m, Local& l, const Row& r) const {
-    const double t = r.t, u = r.u; const Z a = {double(l.base) + r.v, -(double(l.eta) + r.w)};
-    for (int x = 0; x < 2; x++) { Z p = a * m.p[x] - m.q[x] * (t * t); m.s[x] = m.p[x] * u - m.s[x] * t; m.q[x] = m.p[x]; m.p[x] = p; }
+    const double t = r.t, u = r.u;
+    const Z a = {double(l.base) + r.v, -(double(l.eta) + r.w)};
+    for (int x = 0; x < 2; x++) {
+      Z p = a * m.p[x] - m.q[x] * (t * t);
+      m.s[x] = m.p[x] * u - m.s[x] * t;
+      m.q[x] = m.p[x];
+      m.p[x] = p;
+    }
     m.r = -(m.r * t);
   }
   BK_HD void close(State&, Local&, I, I, I, bool) const {}
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0029
-CUDA_SCAN += r'''
-template <class T> struct Summed { double e, eta; BK_HD void add(Complex<T> L) { e -= L.re; eta -= L.im; } };
-template <class T> struct ScanBackOp { enum { REV = 1, X = 2 }; typedef Affine2 Map; typedef Complex<T> ZT;
-  View<T> g, y, gy, gg, hop, dv, dw, du, dhop; double *sE, *sEta; T* ends; I off, C, B;
-  struct Row { ZT g, y, gy, gg; T t; };
+#| echo: false
+CUDA_SCAN += Cpp(r'''
+template <class T> struct Summed {
+  double e, eta;
+  BK_HD void add(Complex<T> L) {
+    e -= L.re;
+    eta -= L.im;
+  }
+};
+template <class T> struct ScanBackOp {
+  enum { REV = 1, X = 2 };
+  typedef Affine2 Map;
+  typedef Complex<T> ZT;
+  View<T> g, y, gy, gg, hop, dv, dw, du, dhop;
+  double *sE, *sEta;
+  T* ends;
+  I off, C, B;
+  struct Row {
+    ZT g, y, gy, gg;
+    T t;
+  };
   typedef Summed<T> Local;
-  struct State { ZT P, L; BK_HD void set(const Z* z) { P = as<T>(z[0]); L = as<T>(z[1]); } };
+  struct State {
+    ZT P, L;
+    BK_HD void set(const Z* z) {
+      P = as<T>(z[0]);
+      L = as<T>(z[1]);
+    }
+  };
   BK_HD void open(Local& l, I, I, I) const { l = {0, 0}; }
   BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
-  BK_HD void read(Row& r, I b, I i, I c) const { r.g = g.pair(b, i, c); r.y = y.pair(b, i, c); r.gy = gy.pair(b, i, c); r.gg = gg.pair(b, i, c); r.t = hop.get(b, i + off, c); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #b628d446
+#| echo: false
+CUDA_SCAN += Cpp(r'''
+  BK_HD void read(Row& r, I b, I i, I c) const {
+    r.g = g.pair(b, i, c);
+    r.y = y.pair(b, i, c);
+    r.gy = gy.pair(b, i, c);
+    r.gg = gg.pair(b, i, c);
+    r.t = hop.get(b, i + off, c);
+  }
   BK_HD void step(State& s, Local& l, const Row& r, I b, I i, I c) const {
     const ZT gc = r.g.conj(), yc = r.y.conj();
     dhop.put(b, i + off, c, -((yc * s.P).re + 2 * r.t * (gc * s.L).re));
     s.P = mix_adjoint(gc, r.gy, s.P, r.t);
-    s.L = pivot_adjoint(gc, s.L * (r.t * r.t) - r.gg) - yc * s.P; l.add(s.L);
-    dv.put(b, i, c, s.L.re); dw.put(b, i, c, -s.L.im); du.put(b, i, c, s.P.re);
+    s.L = pivot_adjoint(gc, s.L * (r.t * r.t) - r.gg) - yc * s.P;
+    l.add(s.L);
+    dv.put(b, i, c, s.L.re);
+    dw.put(b, i, c, -s.L.im);
+    du.put(b, i, c, s.P.re);
   }
   BK_HD void fold(Map& m, Local&, const Row& r) const {
-    const Z gc = as<double>(r.g.conj()), yc = as<double>(r.y.conj()); const double t = r.t; Map f;
-    f.a = -(gc * t); f.b = gc * as<double>(r.gy); f.c = gc * gc * (t * t); f.d = -(yc * f.a); f.e = -(gc * gc * as<double>(r.gg)) - yc * f.b;
-    f.after(m); m = f;
+    const Z gc = as<double>(r.g.conj()), yc = as<double>(r.y.conj());
+    const double t = r.t;
+    Map f;
+    f.a = -(gc * t);
+    f.b = gc * as<double>(r.gy);
+    f.c = gc * gc * (t * t);
+    f.d = -(yc * f.a);
+    f.e = -(gc * gc * as<double>(r.gg)) - yc * f.b;
+    f.after(m);
+    m = f;
   }
+''')
+
+# %% ../nbs/10_hardware.ipynb #a80b66f0
+#| echo: false
+CUDA_SCAN += Cpp(r'''
   BK_HD void close(State& s, Local& l, I lane, I b, I c, bool last) const {
-    sE[lane] = l.e; sEta[lane] = l.eta;
-    if (last && ends) { ((Pair<T>*)ends)[b * C + c] = {s.P.re, s.P.im}; ((Pair<T>*)ends)[(B + b) * C + c] = {s.L.re, s.L.im}; }
+    sE[lane] = l.e;
+    sEta[lane] = l.eta;
+    if (last && ends) {
+      ((Pair<T>*)ends)[b * C + c] = {s.P.re, s.P.im};
+      ((Pair<T>*)ends)[(B + b) * C + c] = {s.L.re, s.L.im};
+    }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0031
-CUDA_SOLVE = r'''
-template <class T> struct One {                        // what sweeps with a single carried number share
-  enum { X = 1 }; typedef Affine Map; typedef Complex<T> ZT; typedef Summed<T> Local;
-  struct State { ZT x; BK_HD void set(const Z* z) { x = as<T>(z[0]); } };
+#| echo: false
+CUDA_SOLVE = Cpp(r'''
+template <class T> struct One {  // what sweeps with a single carried number share
+  enum { X = 1 };
+  typedef Affine Map;
+  typedef Complex<T> ZT;
+  typedef Summed<T> Local;
+  struct State {
+    ZT x;
+    BK_HD void set(const Z* z) { x = as<T>(z[0]); }
+  };
   BK_HD void open(Local& l, I, I, I) const { l = {0, 0}; }
   BK_HD void start(Z* z, I, I) const { z[0] = {0, 0}; }
-  static BK_HD void fold_as(Map& m, ZT a, ZT b) { Map f; f.a = as<double>(a); f.b = as<double>(b); f.after(m); m = f; }
-};
-template <class T> struct LambdaOp : One<T> { enum { REV = 1 }; typedef Complex<T> ZT; typedef One<T> O;
-  View<T> gl, G, gG, hop, lam; struct Row { ZT l, G, gG; T t; };
-  BK_HD void read(Row& r, I b, I i, I c) const { r.l = gl.pair(b, i, c); r.G = G.pair(b, i, c); r.gG = gG.pair(b, i, c); r.t = hop.get(b, i, c); }
-  BK_HD void step(typename O::State& s, typename O::Local&, const Row& r, I b, I i, I c) const {
-    s.x = pivot_adjoint(r.l.conj(), s.x * (r.t * r.t)) + diag_source(r.G.conj(), r.gG); lam.put_pair(b, i, c, s.x);
+  static BK_HD void fold_as(Map& m, ZT a, ZT b) {
+    Map f;
+    f.a = as<double>(a);
+    f.b = as<double>(b);
+    f.after(m);
+    m = f;
   }
-  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const { ZT l = r.l.conj(); O::fold_as(m, l * l * (r.t * r.t), diag_source(r.G.conj(), r.gG)); }
+};
+''')
+
+# %% ../nbs/10_hardware.ipynb #542a72da
+#| echo: false
+CUDA_SOLVE += Cpp(r'''
+template <class T> struct LambdaOp : One<T> {
+  enum { REV = 1 };
+  typedef Complex<T> ZT;
+  typedef One<T> O;
+  View<T> gl, G, gG, hop, lam;
+  struct Row {
+    ZT l, G, gG;
+    T t;
+  };
+  BK_HD void read(Row& r, I b, I i, I c) const {
+    r.l = gl.pair(b, i, c);
+    r.G = G.pair(b, i, c);
+    r.gG = gG.pair(b, i, c);
+    r.t = hop.get(b, i, c);
+  }
+  BK_HD void step(typename O::State& s, typename O::Local&, const Row& r, I b, I i, I c) const {
+    s.x = pivot_adjoint(r.l.conj(), s.x * (r.t * r.t)) + diag_source(r.G.conj(), r.gG);
+    lam.put_pair(b, i, c, s.x);
+  }
+  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const {
+    ZT l = r.l.conj();
+    O::fold_as(m, l * l * (r.t * r.t), diag_source(r.G.conj(), r.gG));
+  }
   BK_HD void close(typename O::State&, typename O::Local&, I, I, I, bool) const {}
 };
-template <class T> struct RhoOp : One<T> { enum { REV = 0 }; typedef Complex<T> ZT; typedef One<T> O;
-  View<T> gl, gr, G, gG, hop, lam, dv, dw, dhop; double *sE, *sEta; struct Row { ZT l, r, G, gG, lam; T t; };
-  BK_HD void read(Row& r, I b, I i, I c) const { r.l = gl.pair(b, i - 1, c); r.r = gr.pair(b, i, c); r.G = G.pair(b, i, c); r.gG = gG.pair(b, i, c); r.lam = lam.pair(b, i, c); r.t = hop.get(b, i - 1, c); }
-  BK_HD void step(typename O::State& s, typename O::Local& sum, const Row& r, I b, I i, I c) const {
-    const ZT rc = r.r.conj(); dhop.put(b, i - 1, c, -2 * r.t * ((r.lam * r.l.conj()).re + (s.x * rc).re));
-    const ZT carried = pivot_adjoint(rc, s.x * (r.t * r.t)), L = r.lam + carried;
-    s.x = diag_source(r.G.conj(), r.gG) + carried; sum.add(L); dv.put(b, i, c, L.re); dw.put(b, i, c, -L.im);
+''')
+
+# %% ../nbs/10_hardware.ipynb #ce6b75de
+#| echo: false
+CUDA_SOLVE += Cpp(r'''
+template <class T> struct RhoOp : One<T> {
+  enum { REV = 0 };
+  typedef Complex<T> ZT;
+  typedef One<T> O;
+  View<T> gl, gr, G, gG, hop, lam, dv, dw, dhop;
+  double *sE, *sEta;
+  struct Row {
+    ZT l, r, G, gG, lam;
+    T t;
+  };
+  BK_HD void read(Row& r, I b, I i, I c) const {
+    r.l = gl.pair(b, i - 1, c);
+    r.r = gr.pair(b, i, c);
+    r.G = G.pair(b, i, c);
+    r.gG = gG.pair(b, i, c);
+    r.lam = lam.pair(b, i, c);
+    r.t = hop.get(b, i - 1, c);
   }
-  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const { ZT rc = r.r.conj(); O::fold_as(m, rc * rc * (r.t * r.t), diag_source(r.G.conj(), r.gG)); }
-  BK_HD void close(typename O::State&, typename O::Local& l, I lane, I, I, bool) const { sE[lane] = l.e; sEta[lane] = l.eta; }
+  BK_HD void step(typename O::State& s, typename O::Local& sum, const Row& r, I b, I i, I c) const {
+    const ZT rc = r.r.conj();
+    dhop.put(b, i - 1, c, -2 * r.t * ((r.lam * r.l.conj()).re + (s.x * rc).re));
+    const ZT carried = pivot_adjoint(rc, s.x * (r.t * r.t)), L = r.lam + carried;
+    s.x = diag_source(r.G.conj(), r.gG) + carried;
+    sum.add(L);
+    dv.put(b, i, c, L.re);
+    dw.put(b, i, c, -L.im);
+  }
+  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const {
+    ZT rc = r.r.conj();
+    O::fold_as(m, rc * rc * (r.t * r.t), diag_source(r.G.conj(), r.gG));
+  }
+''')
+
+# %% ../nbs/10_hardware.ipynb #bfa13112
+#| echo: false
+CUDA_SOLVE += Cpp(r'''
+  BK_HD void close(typename O::State&, typename O::Local& l, I lane, I, I, bool) const {
+    sE[lane] = l.e;
+    sEta[lane] = l.eta;
+  }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0032
-CUDA_SOLVE += r'''
-template <class T> struct EliminateOp : One<T> { enum { REV = 0 }; typedef Complex<T> ZT; typedef One<T> O;   // p_i = conj(g_i) (gY_i - t p_{i-1})
-  View<T> g, gY, hop, p; struct Row { ZT g, gY; T t; };
-  BK_HD void read(Row& r, I b, I i, I c) const { r.g = g.pair(b, i, c); r.gY = gY.pair(b, i, c); r.t = hop.get(b, i - 1, c); }
-  BK_HD void step(typename O::State& s, typename O::Local&, const Row& r, I b, I i, I c) const { s.x = mix_adjoint(r.g.conj(), r.gY, s.x, r.t); p.put_pair(b, i, c, s.x); }
-  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const { ZT gc = r.g.conj(); O::fold_as(m, -(gc * r.t), gc * r.gY); }
+#| echo: false
+CUDA_SOLVE += Cpp(r'''
+template <class T> struct EliminateOp : One<T> {
+  enum { REV = 0 };
+  typedef Complex<T> ZT;
+  typedef One<T> O;  // p_i = conj(g_i) (gY_i - t p_{i-1})
+  View<T> g, gY, hop, p;
+  struct Row {
+    ZT g, gY;
+    T t;
+  };
+  BK_HD void read(Row& r, I b, I i, I c) const {
+    r.g = g.pair(b, i, c);
+    r.gY = gY.pair(b, i, c);
+    r.t = hop.get(b, i - 1, c);
+  }
+  BK_HD void step(typename O::State& s, typename O::Local&, const Row& r, I b, I i, I c) const {
+    s.x = mix_adjoint(r.g.conj(), r.gY, s.x, r.t);
+    p.put_pair(b, i, c, s.x);
+  }
+  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const {
+    ZT gc = r.g.conj();
+    O::fold_as(m, -(gc * r.t), gc * r.gY);
+  }
   BK_HD void close(typename O::State&, typename O::Local&, I, I, I, bool) const {}
 };
-// Y_i = y_i - g_i t Y_{i+1}. Its adjoint is the same with conjugated pivots: then y is p, the result the cotangent of u, and Y the solution.
-template <class T, bool CONJ> struct BackOp : One<T> { enum { REV = 1 }; typedef Complex<T> ZT; typedef One<T> O;
-  View<T> g, y, hop, Y, du, dv, dw, dhop; double *sE, *sEta; struct Row { ZT g, y, Y, after; T t; };
+''')
+
+# %% ../nbs/10_hardware.ipynb #6b64cb6a
+#| echo: false
+CUDA_SOLVE += Cpp(r'''
+// Y_i = y_i - g_i t Y_{i+1}. Its adjoint is the same with conjugated pivots: then y is p, the result the
+// cotangent of u, and Y the solution.
+template <class T, bool CONJ> struct BackOp : One<T> {
+  enum { REV = 1 };
+  typedef Complex<T> ZT;
+  typedef One<T> O;
+  View<T> g, y, hop, Y, du, dv, dw, dhop;
+  double *sE, *sEta;
+  struct Row {
+    ZT g, y, Y, after;
+    T t;
+  };
   BK_HD void read(Row& r, I b, I i, I c) const {
-    r.g = g.pair(b, i, c); if (CONJ) r.g = r.g.conj();
-    r.y = y.pair(b, i, c); r.t = hop.get(b, i, c); if (CONJ) { r.Y = Y.pair(b, i, c).conj(); r.after = Y.pair(b, i + 1, c).conj(); }
+    r.g = g.pair(b, i, c);
+    if (CONJ) r.g = r.g.conj();
+    r.y = y.pair(b, i, c);
+    r.t = hop.get(b, i, c);
+    if (CONJ) {
+      r.Y = Y.pair(b, i, c).conj();
+      r.after = Y.pair(b, i + 1, c).conj();
+    }
   }
+''')
+
+# %% ../nbs/10_hardware.ipynb #297f9fac
+#| echo: false
+CUDA_SOLVE += Cpp(r'''
   BK_HD void step(typename O::State& s, typename O::Local& sum, const Row& r, I b, I i, I c) const {
-    const ZT old = s.x; s.x = solve_step(r.y, r.g, old, r.t);
-    if (!CONJ) { Y.put_pair(b, i, c, s.x); return; }
-    const ZT L = -(s.x * r.Y); sum.add(L);
+    const ZT old = s.x;
+    s.x = solve_step(r.y, r.g, old, r.t);
+    if (!CONJ) {
+      Y.put_pair(b, i, c, s.x);
+      return;
+    }
+    const ZT L = -(s.x * r.Y);
+    sum.add(L);
     dhop.put(b, i, c, -((s.x * r.after).re + (old * r.Y).re));
-    du.put(b, i, c, s.x.re); dv.put(b, i, c, L.re); dw.put(b, i, c, -L.im);
+    du.put(b, i, c, s.x.re);
+    dv.put(b, i, c, L.re);
+    dw.put(b, i, c, -L.im);
   }
-  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const { O::fold_as(m, -(r.g * r.t), r.y); }
-  BK_HD void close(typename O::State&, typename O::Local& l, I lane, I, I, bool) const { if (CONJ) { sE[lane] = l.e; sEta[lane] = l.eta; } }
+  BK_HD void fold(Affine& m, typename O::Local&, const Row& r) const {
+    O::fold_as(m, -(r.g * r.t), r.y);
+  }
+  BK_HD void close(typename O::State&, typename O::Local& l, I lane, I, I, bool) const {
+    if (CONJ) {
+      sE[lane] = l.e;
+      sEta[lane] = l.eta;
+    }
+  }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0034
-CUDA_ENTRY = r'''
-template <class T, class A> int scan(const I* a) {    // v w u hop g y g0 y0
-  Args r = {a, 12}; ScanOp<T, A, false> s; s.v = r.view<T>(); s.w = r.view<T>(); s.u = r.view<T>(); s.hop = r.view<T>(1); s.g = r.view<T>(); s.y = r.view<T>(); s.gl = s.G = {};
-  s.g0 = r.ptr<T>(); s.y0 = r.ptr<T>(); s.E = r.E<T>(); s.eta = r.eta<T>(); s.bad = r.bad(); s.off = r.off(); s.C = a[2];
+#| echo: false
+CUDA_ENTRY = Cpp(r'''
+template <class T, class A> int scan(const I* a) {  // v w u hop g y g0 y0
+  Args r = {a, 12};
+  ScanOp<T, A, false> s;
+  s.v = r.view<T>();
+  s.w = r.view<T>();
+  s.u = r.view<T>();
+  s.hop = r.view<T>(1);
+  s.g = r.view<T>();
+  s.y = r.view<T>();
+  s.gl = s.G = {};
+  s.g0 = r.ptr<T>();
+  s.y0 = r.ptr<T>();
+  s.E = r.E<T>();
+  s.eta = r.eta<T>();
+  s.bad = r.bad();
+  s.off = r.off();
+  s.C = a[2];
   return drive(s, r.job(), r.work(), r.stream());
 }
-template <class T> int scan_backward(const I* a) {    // g y gy gg hop dv dw du dhop dE deta ends
-  Args r = {a, 12}; ScanBackOp<T> s; s.g = r.view<T>(); s.y = r.view<T>(); s.gy = r.view<T>(); s.gg = r.view<T>(); s.hop = r.view<T>(1);
-  s.dv = r.view<T>(); s.dw = r.view<T>(); s.du = r.view<T>(); s.dhop = r.view<T>(); s.sE = r.ptr<double>(); s.sEta = r.ptr<double>(); s.ends = r.ptr<T>(); s.off = r.off(); s.B = a[0]; s.C = a[2];
+''')
+
+# %% ../nbs/10_hardware.ipynb #c815c751
+#| echo: false
+CUDA_ENTRY += Cpp(r'''
+template <class T> int scan_backward(const I* a) {  // g y gy gg hop dv dw du dhop dE deta ends
+  Args r = {a, 12};
+  ScanBackOp<T> s;
+  s.g = r.view<T>();
+  s.y = r.view<T>();
+  s.gy = r.view<T>();
+  s.gg = r.view<T>();
+  s.hop = r.view<T>(1);
+  s.dv = r.view<T>();
+  s.dw = r.view<T>();
+  s.du = r.view<T>();
+  s.dhop = r.view<T>();
+  s.sE = r.ptr<double>();
+  s.sEta = r.ptr<double>();
+  s.ends = r.ptr<T>();
+  s.off = r.off();
+  s.B = a[0];
+  s.C = a[2];
   return drive(s, r.job(), r.work(), r.stream());
 }
-template <class T, class A> int diag(const I* a) {    // v w hop gl gr G
-  Args r = {a, 12}; View<T> v = r.view<T>(), w = r.view<T>(), hop = r.view<T>(1), gl = r.view<T>(), gr = r.view<T>(), G = r.view<T>(), no = {};
-  ScanOp<T, A, false> l = {v, w, no, hop, no, gl, no, no, r.E<T>(), r.eta<T>(), nullptr, nullptr, r.bad(), 0, a[2]};
-  ScanOp<T, A, true> s = {v, w, no, hop, gl, gr, no, G, r.E<T>(), r.eta<T>(), nullptr, nullptr, r.bad(), 0, a[2]};
-  int e = drive(l, r.job(), r.work(), r.stream()); return e ? e : drive(s, r.job(), r.work(), r.stream());
+template <class T, class A> int diag(const I* a) {  // v w hop gl gr G
+  Args r = {a, 12};
+  View<T> v = r.view<T>(), w = r.view<T>(), hop = r.view<T>(1), gl = r.view<T>(), gr = r.view<T>(),
+          G = r.view<T>(), no = {};
+  ScanOp<T, A, false> l = {v,        w,          no,      hop,     no,      gl, no,  no,
+                           r.E<T>(), r.eta<T>(), nullptr, nullptr, r.bad(), 0,  a[2]};
+  ScanOp<T, A, true> s = {v,        w,          no,      hop,     gl,      gr, no,  G,
+                          r.E<T>(), r.eta<T>(), nullptr, nullptr, r.bad(), 0,  a[2]};
+  int e = drive(l, r.job(), r.work(), r.stream());
+  return e ? e : drive(s, r.job(), r.work(), r.stream());
 }
-template <class T> int diag_backward(const I* a) {    // gl gr G gG hop lam dv dw dhop dE deta
-  Args r = {a, 12}; LambdaOp<T> l; RhoOp<T> s; l.gl = s.gl = r.view<T>(); s.gr = r.view<T>(); l.G = s.G = r.view<T>(); l.gG = s.gG = r.view<T>(); l.hop = s.hop = r.view<T>(1); l.lam = s.lam = r.view<T>();
-  s.dv = r.view<T>(); s.dw = r.view<T>(); s.dhop = r.view<T>(); s.sE = r.ptr<double>(); s.sEta = r.ptr<double>();
-  int e = drive(l, r.job(), r.work(), r.stream()); return e ? e : drive(s, r.job(), r.work(), r.stream());
+''')
+
+# %% ../nbs/10_hardware.ipynb #7b784cc6
+#| echo: false
+CUDA_ENTRY += Cpp(r'''
+template <class T> int diag_backward(const I* a) {  // gl gr G gG hop lam dv dw dhop dE deta
+  Args r = {a, 12};
+  LambdaOp<T> l;
+  RhoOp<T> s;
+  l.gl = s.gl = r.view<T>();
+  s.gr = r.view<T>();
+  l.G = s.G = r.view<T>();
+  l.gG = s.gG = r.view<T>();
+  l.hop = s.hop = r.view<T>(1);
+  l.lam = s.lam = r.view<T>();
+  s.dv = r.view<T>();
+  s.dw = r.view<T>();
+  s.dhop = r.view<T>();
+  s.sE = r.ptr<double>();
+  s.sEta = r.ptr<double>();
+  int e = drive(l, r.job(), r.work(), r.stream());
+  return e ? e : drive(s, r.job(), r.work(), r.stream());
 }
-template <class T, class A> int solve(const I* a) {   // v w u hop g y Y
-  Args r = {a, 12}; View<T> v = r.view<T>(), w = r.view<T>(), u = r.view<T>(), hop = r.view<T>(1), g = r.view<T>(), y = r.view<T>(), Y = r.view<T>(), no = {};
-  ScanOp<T, A, false> s = {v, w, u, hop, no, g, y, no, r.E<T>(), r.eta<T>(), nullptr, nullptr, r.bad(), 0, a[2]};
-  BackOp<T, false> k; k.g = g; k.y = y; k.hop = hop; k.Y = Y; k.du = k.dv = k.dw = k.dhop = no; k.sE = k.sEta = nullptr;
-  int e = drive(s, r.job(), r.work(), r.stream()); return e ? e : drive(k, r.job(), r.work(), r.stream());
+template <class T, class A> int solve(const I* a) {  // v w u hop g y Y
+  Args r = {a, 12};
+  View<T> v = r.view<T>(), w = r.view<T>(), u = r.view<T>(), hop = r.view<T>(1), g = r.view<T>(),
+          y = r.view<T>(), Y = r.view<T>(), no = {};
+  ScanOp<T, A, false> s = {v,        w,          u,       hop,     no,      g, y,   no,
+                           r.E<T>(), r.eta<T>(), nullptr, nullptr, r.bad(), 0, a[2]};
+  BackOp<T, false> k;
+  k.g = g;
+  k.y = y;
+  k.hop = hop;
+  k.Y = Y;
+  k.du = k.dv = k.dw = k.dhop = no;
+  k.sE = k.sEta = nullptr;
+  int e = drive(s, r.job(), r.work(), r.stream());
+  return e ? e : drive(k, r.job(), r.work(), r.stream());
 }
-template <class T> int solve_backward(const I* a) {   // g Y gY hop p dv dw du dhop dE deta
-  Args r = {a, 12}; EliminateOp<T> f; BackOp<T, true> k; f.g = k.g = r.view<T>(); k.Y = r.view<T>(); f.gY = r.view<T>(); f.hop = k.hop = r.view<T>(1); f.p = k.y = r.view<T>();
-  k.dv = r.view<T>(); k.dw = r.view<T>(); k.du = r.view<T>(); k.dhop = r.view<T>(); k.sE = r.ptr<double>(); k.sEta = r.ptr<double>();
-  int e = drive(f, r.job(), r.work(), r.stream()); return e ? e : drive(k, r.job(), r.work(), r.stream());
+''')
+
+# %% ../nbs/10_hardware.ipynb #ace04ffe
+#| echo: false
+CUDA_ENTRY += Cpp(r'''
+template <class T> int solve_backward(const I* a) {  // g Y gY hop p dv dw du dhop dE deta
+  Args r = {a, 12};
+  EliminateOp<T> f;
+  BackOp<T, true> k;
+  f.g = k.g = r.view<T>();
+  k.Y = r.view<T>();
+  f.gY = r.view<T>();
+  f.hop = k.hop = r.view<T>(1);
+  f.p = k.y = r.view<T>();
+  k.dv = r.view<T>();
+  k.dw = r.view<T>();
+  k.du = r.view<T>();
+  k.dhop = r.view<T>();
+  k.sE = r.ptr<double>();
+  k.sEta = r.ptr<double>();
+  int e = drive(f, r.job(), r.work(), r.stream());
+  return e ? e : drive(k, r.job(), r.work(), r.stream());
 }
-#define PIVOT(name) extern "C" int bk_##name##_f32(const I* a) { return a[11] ? name<float, float>(a) : name<float, double>(a); } extern "C" int bk_##name##_f64(const I* a) { return name<double, double>(a); }
-#define PLAIN(name) extern "C" int bk_##name##_f32(const I* a) { return name<float>(a); } extern "C" int bk_##name##_f64(const I* a) { return name<double>(a); }
+#define PIVOT(name) \
+  extern "C" int bk_##name##_f32(const I* a) { \
+    return a[11] ? name<float, float>(a) : name<float, double>(a); \
+  } \
+  extern "C" int bk_##name##_f64(const I* a) { return name<double, double>(a); }
+#define PLAIN(name) \
+  extern "C" int bk_##name##_f32(const I* a) { return name<float>(a); } \
+  extern "C" int bk_##name##_f64(const I* a) { return name<double>(a); }
 PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) PLAIN(solve_backward)
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0036
 def find_nvcc()->str: # a path, or None
@@ -390,8 +911,11 @@ def compile_cuda(source:str,   # CUDA C++
 # %% ../nbs/10_hardware.ipynb #c0037
 class CudaLibrary(CppLibrary):
     "CUDA C++ compiled by nvcc at the first `load`, for the GPU at hand; None without one, said once in one line."
+
     @property
-    def arch(self): return torch.cuda.get_device_capability()
+    def arch(self):
+        return torch.cuda.get_device_capability()
+
     @property
     def path(self)->Path:
         key = hashlib.sha256(repr((self.source, nvcc_flags([self.arch]), find_nvcc())).encode()).hexdigest()[:16]
@@ -402,7 +926,8 @@ class CudaLibrary(CppLibrary):
             if not self.path.exists():
                 print(f'resnet_bk: compiling the CUDA kernel {self.name}, once (a minute or two) ...', file=sys.stderr, flush=True)
                 compile_cuda(self.source, self.path, [self.arch])
-            lib = ctypes.CDLL(str(self.path)); lib.bk_error.restype = ctypes.c_char_p
+            lib = ctypes.CDLL(str(self.path))
+            lib.bk_error.restype = ctypes.c_char_p
             return lib
         except Exception as e:
             import warnings
@@ -414,7 +939,10 @@ DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', 
 # %% ../nbs/10_hardware.ipynb #c0040
 PIVOTS = torch.float64   # type of the pivots' arithmetic on a GPU; torch.float32 on a consumer card, see above
 
-def _view(t, parts=1): return (0, 0, 0, 0) if t is None else (t.data_ptr(), t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
+
+def _view(t, parts=1):
+    return (0, 0, 0, 0) if t is None else (t.data_ptr(), t.stride(0) * parts, t.stride(1) * parts, t.shape[1])
+
 
 class Kernels:
     "The CUDA source behind the ops of `01`; `library` is the GPU's or the host's, `chunks` forces a number of chunks per chain (tests)."
@@ -423,7 +951,10 @@ class Kernels:
         if (l := self.library.load()) is None: raise ValueError('the CUDA kernels want a GPU and nvcc; on this machine they run with backend="emulated"')
         return l
     def plan(self, B, N, C, dev, multiple=1, enough=32):
-        if self.chunks: n = -(-max(N, 1)//self.chunks); n = -(-n//multiple)*multiple; return -(-max(N, 1)//n), n
+        if self.chunks:
+            n = -(-max(N, 1) // self.chunks)
+            n = -(-n // multiple) * multiple
+            return -(-max(N, 1) // n), n
         return plan(B*C, N, torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == 'cuda' else 1, multiple, enough)
     def run(self, name, args, dev): # one call into the library; its answer is a CUDA error or 0
         lib = self.lib()
@@ -433,8 +964,12 @@ class Kernels:
         if e: raise RuntimeError(f'CUDA error {e} in {name}: {lib.bk_error(e).decode()}')
     def stream(self, dev): return torch.cuda.current_stream(dev).cuda_stream if dev.type == 'cuda' else 0
     def call(self, name, shape, K, n, ref, E, eta, off, *views):
-        B,N,C = shape; dev, work = ref.device, torch.empty(17*B*K*C if K > 1 else 0, dtype=torch.float64, device=ref.device)
-        bad = torch.zeros(2, dtype=torch.int32, device=dev); dt = ref.real.dtype if ref.is_complex() else ref.dtype
+        B, N, C = shape
+        dev, work = ref.device, torch.empty(
+            17 * B * K * C if K > 1 else 0, dtype=torch.float64, device=ref.device
+        )
+        bad = torch.zeros(2, dtype=torch.int32, device=dev)
+        dt = ref.real.dtype if ref.is_complex() else ref.dtype
         p = lambda t: 0 if t is None else t.data_ptr()
         self.run(f"bk_{name}_{'f32' if dt == torch.float32 else 'f64'}", [B, N, C, K, n, off, self.stream(dev), p(work), p(bad), p(E), p(eta), PIVOTS == torch.float32, *(x for v in views for x in v)], dev)
         return bad
@@ -450,18 +985,60 @@ def _off(hop, N): return 0 if hop is None or N == 0 else hop.shape[1] - (N-1)
 @patch
 def scan(self:Kernels, v, w, u, E, eta, hop, g0, y0, shape):
     B,N,C = shape; K,n = self.plan(B, N, C, E.device)
-    g = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device); y = torch.empty_like(g) if u is not None else None
-    _check(self.call('scan', shape, K, n, E, E, eta, _off(hop, N), _view(v), _view(w), _view(u), _view(hop), _view(g, 2), _view(y, 2), *(bk_core._ptr(t) for t in (g0, y0))), eta, w, hop)
+    g = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
+    y = torch.empty_like(g) if u is not None else None
+    _check(
+        self.call(
+            'scan',
+            shape,
+            K,
+            n,
+            E,
+            E,
+            eta,
+            _off(hop, N),
+            _view(v),
+            _view(w),
+            _view(u),
+            _view(hop),
+            _view(g, 2),
+            _view(y, 2),
+            *(bk_core._ptr(t) for t in (g0, y0)),
+        ),
+        eta,
+        w,
+        hop,
+    )
     return g, g.new_empty(0) if y is None else y
 
 @patch
 def scan_backward(self:Kernels, g, y, gy, gg, hop, g0, y0, shape, need):
-    B,N,C = shape; K,n = self.plan(B, N, C, g.device); real = g.real.dtype
+    B, N, C = shape
+    K, n = self.plan(B, N, C, g.device)
+    real = g.real.dtype
     dv, dw, du = (torch.empty(shape, dtype=real, device=g.device) if k else None for k in need[:3])
     dhop = g.new_zeros(hop.shape, dtype=real) if need[3] else None
     s, ends = _sums(B, K, C, g), g.new_zeros(2, B, C)
-    self.call('scan_backward', shape, K, n, g, None, None, _off(hop, N), _view(g, 2), _view(y if gy is not None else None, 2), _view(gy, 2), _view(gg, 2), _view(hop),
-              _view(dv), _view(dw), _view(du), _view(dhop), *(bk_core._ptr(t) for t in (s[0], s[1], ends)))
+    self.call(
+        'scan_backward',
+        shape,
+        K,
+        n,
+        g,
+        None,
+        None,
+        _off(hop, N),
+        _view(g, 2),
+        _view(y if gy is not None else None, 2),
+        _view(gy, 2),
+        _view(gg, 2),
+        _view(hop),
+        _view(dv),
+        _view(dw),
+        _view(du),
+        _view(dhop),
+        *(bk_core._ptr(t) for t in (s[0], s[1], ends)),
+    )
     if dhop is not None: dhop = dhop[:,-(N-1):] if N > 1 else dhop[:,:0]
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s), ends[1][:,None], ends[0][:,None]
 
@@ -469,30 +1046,112 @@ def scan_backward(self:Kernels, g, y, gy, gg, hop, g0, y0, shape, need):
 @patch
 def diag(self:Kernels, v, w, E, eta, hop, shape, keep=True):
     B,N,C = shape; K,n = self.plan(B, N, C, E.device)
-    G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device); gl, gr = (torch.empty_like(G), torch.empty_like(G)) if keep else (G, None)
-    _check(self.call('diag', shape, K, n, E, E, eta, 0, _view(v), _view(w), _view(hop), _view(gl, 2), _view(gr, 2), _view(G, 2)), eta, w, hop)
+    G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
+    gl, gr = (torch.empty_like(G), torch.empty_like(G)) if keep else (G, None)
+    _check(
+        self.call(
+            'diag',
+            shape,
+            K,
+            n,
+            E,
+            E,
+            eta,
+            0,
+            _view(v),
+            _view(w),
+            _view(hop),
+            _view(gl, 2),
+            _view(gr, 2),
+            _view(G, 2),
+        ),
+        eta,
+        w,
+        hop,
+    )
     return G, gl, gr
 
 @patch
 def diag_backward(self:Kernels, gl, gr, G, gG, hop, shape, need):
-    B,N,C = shape; K,n = self.plan(B, N, C, G.device); real = G.real.dtype
+    B, N, C = shape
+    K, n = self.plan(B, N, C, G.device)
+    real = G.real.dtype
     dv, dw = (torch.empty(shape, dtype=real, device=G.device) if k else None for k in need[:2])
-    dhop, s, lam = G.new_zeros(hop.shape, dtype=real) if need[2] else None, _sums(B, K, C, G), torch.empty_like(G)
-    self.call('diag_backward', shape, K, n, G, None, None, 0, *(_view(t, 2) for t in (gl, gr, G, gG)), _view(hop), _view(lam, 2), _view(dv), _view(dw), _view(dhop), *(bk_core._ptr(t) for t in s))
+    dhop, s, lam = (
+        G.new_zeros(hop.shape, dtype=real) if need[2] else None,
+        _sums(B, K, C, G),
+        torch.empty_like(G),
+    )
+    self.call(
+        'diag_backward',
+        shape,
+        K,
+        n,
+        G,
+        None,
+        None,
+        0,
+        *(_view(t, 2) for t in (gl, gr, G, gG)),
+        _view(hop),
+        _view(lam, 2),
+        _view(dv),
+        _view(dw),
+        _view(dhop),
+        *(bk_core._ptr(t) for t in s),
+    )
     return dv, dw, dhop, *(x.sum(0).to(real) for x in s)
 
 @patch
 def solve(self:Kernels, v, w, u, E, eta, hop, shape):
-    B,N,C = shape; K,n = self.plan(B, N, C, E.device); Y = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device); g, y = torch.empty_like(Y), torch.empty_like(Y)
-    _check(self.call('solve', shape, K, n, E, E, eta, 0, *(_view(t) for t in (v, w, u, hop)), *(_view(t, 2) for t in (g, y, Y))), eta, w, hop)
+    B, N, C = shape
+    K, n = self.plan(B, N, C, E.device)
+    Y = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
+    g, y = torch.empty_like(Y), torch.empty_like(Y)
+    _check(
+        self.call(
+            'solve',
+            shape,
+            K,
+            n,
+            E,
+            E,
+            eta,
+            0,
+            *(_view(t) for t in (v, w, u, hop)),
+            *(_view(t, 2) for t in (g, y, Y)),
+        ),
+        eta,
+        w,
+        hop,
+    )
     return Y, g
 
 @patch
 def solve_backward(self:Kernels, g, Y, gY, hop, shape, need):
-    B,N,C = shape; K,n = self.plan(B, N, C, g.device); real = g.real.dtype
+    B, N, C = shape
+    K, n = self.plan(B, N, C, g.device)
+    real = g.real.dtype
     dv, dw, du = (torch.empty(shape, dtype=real, device=g.device) if k else None for k in need[:3])
-    dhop, s, p = g.new_zeros(hop.shape, dtype=real) if need[3] else None, _sums(B, K, C, g), torch.empty_like(g)
-    self.call('solve_backward', shape, K, n, g, None, None, 0, *(_view(t, 2) for t in (g, Y, gY)), _view(hop), _view(p, 2), *(_view(t) for t in (dv, dw, du, dhop)), *(bk_core._ptr(t) for t in s))
+    dhop, s, p = (
+        g.new_zeros(hop.shape, dtype=real) if need[3] else None,
+        _sums(B, K, C, g),
+        torch.empty_like(g),
+    )
+    self.call(
+        'solve_backward',
+        shape,
+        K,
+        n,
+        g,
+        None,
+        None,
+        0,
+        *(_view(t, 2) for t in (g, Y, gY)),
+        _view(hop),
+        _view(p, 2),
+        *(_view(t) for t in (dv, dw, du, dhop)),
+        *(bk_core._ptr(t) for t in s),
+    )
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s)
 
 EMULATED = BACKENDS['emulated'] = Kernels(HOST)
@@ -500,425 +1159,1178 @@ CUDA = Kernels(DEVICE)
 if torch.cuda.is_available() and find_nvcc(): BACKENDS['cuda'] = CUDA
 
 # %% ../nbs/10_hardware.ipynb #c0058
-CUDA_MATH = r'''
-struct bf16 { uint16_t bits; };                        // brain float: the upper half of a float
-BK_HD float bk_float(uint32_t b) { union { uint32_t i; float f; } x; x.i = b; return x.f; }
-BK_HD uint32_t bk_bits(float f) { union { uint32_t i; float f; } x; x.f = f; return x.i; }
+#| echo: false
+CUDA_MATH = Cpp(r'''
+struct bf16 {
+  uint16_t bits;
+};  // brain float: the upper half of a float
+BK_HD float bk_float(uint32_t b) {
+  union {
+    uint32_t i;
+    float f;
+  } x;
+  x.i = b;
+  return x.f;
+}
+BK_HD uint32_t bk_bits(float f) {
+  union {
+    uint32_t i;
+    float f;
+  } x;
+  x.f = f;
+  return x.i;
+}
 template <class T> BK_HD T ld(const T* p) { return *p; }
 template <class T> BK_HD float ld(const bf16* p) { return bk_float((uint32_t)p->bits << 16); }
 template <class T> BK_HD T to(T x, T) { return x; }
-BK_HD bf16 to(float x, bf16) { uint32_t b = bk_bits(x); bf16 r; r.bits = x != x ? 0x7fc0 : (uint16_t)((b + 0x7fff + ((b >> 16) & 1)) >> 16); return r; }   // to nearest, ties to even
+BK_HD bf16 to(float x, bf16) {
+  uint32_t b = bk_bits(x);
+  bf16 r;
+  r.bits = x != x ? 0x7fc0 : (uint16_t)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+  return r;
+}  // to nearest, ties to even
 template <class M, class T> BK_HD void st(M* p, T x) { *p = to(x, M()); }
-template <class M, class T> BK_HD void st2(M* p, T x, T y) { *(Pair<M>*)p = Pair<M>{to(x, M()), to(y, M())}; }
-BK_HD float bk_exp(float x) { return expf(x); }       BK_HD double bk_exp(double x) { return exp(x); }
-BK_HD float bk_log1p(float x) { return log1pf(x); }   BK_HD double bk_log1p(double x) { return log1p(x); }
-BK_HD float bk_sqrt(float x) { return sqrtf(x); }     BK_HD double bk_sqrt(double x) { return sqrt(x); }
+template <class M, class T> BK_HD void st2(M* p, T x, T y) {
+  *(Pair<M>*)p = Pair<M>{to(x, M()), to(y, M())};
+}
+BK_HD float bk_exp(float x) { return expf(x); }
+BK_HD double bk_exp(double x) { return exp(x); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #bdfc1952
+#| echo: false
+CUDA_MATH += Cpp(r'''
+BK_HD float bk_log1p(float x) { return log1pf(x); }
+BK_HD double bk_log1p(double x) { return log1p(x); }
+BK_HD float bk_sqrt(float x) { return sqrtf(x); }
+BK_HD double bk_sqrt(double x) { return sqrt(x); }
 template <class T> BK_HD T sigmoid(T x) { return 1 / (1 + bk_exp(-x)); }
 template <class T> BK_HD T silu(T x) { return x * sigmoid(x); }
 template <class T> BK_HD T softplus(T x) { return (x > 0 ? x : 0) + bk_log1p(bk_exp(x > 0 ? -x : x)); }
 BK_HD I least(I a, I b) { return a < b ? a : b; }
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0060
-CUDA_LAYER = r'''
-enum { ROWS = 32 };                                    // a state is kept every 32 rows
+#| echo: false
+CUDA_LAYER = Cpp(r'''
+enum { ROWS = 32 };  // a state is kept every 32 rows
 template <class T, class M, int CW> struct LayerData {
-  I B, N, C, F; int nin, feat, act, iw, iv; T vmax, eps; const M* h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *bias, *E, *eta, *scale, *wt;
-  M* out; T* rinv; double* ck; const double* g0; double* g1; const M* dout; M* dh; double* sums; T *mean, *owed;
-  BK_HD I P() const { return nin * C; } BK_HD I D() const { return feat * C; } BK_HD I blocks() const { return (N + ROWS - 1) / ROWS; }
+  I B, N, C, F;
+  int nin, feat, act, iw, iv;
+  T vmax, eps;
+  const M* h;
+  I hb, hn;
+  const M* past;
+  const uint8_t* cut;
+  const T *taps, *bias, *E, *eta, *scale, *wt;
+  M* out;
+  T* rinv;
+  double* ck;
+  const double* g0;
+  double* g1;
+  const M* dout;
+  M* dh;
+  double* sums;
+  T *mean, *owed;
+  BK_HD I P() const { return nin * C; }
+  BK_HD I D() const { return feat * C; }
+  BK_HD I blocks() const { return (N + ROWS - 1) / ROWS; }
   BK_HD T raw(I b, I i, int p, I c) const {
     if (i >= 0) return ld<T>(h + b * hb + i * hn + p * C + c);
     return past ? ld<T>(past + (b * (CW - 1) + i + CW - 1) * P() + p * C + c) : T(0);
   }
   BK_HD bool cut_at(I b, I i) const { return cut && i >= 0 && i < N && cut[b * N + i]; }
-  struct Window { T f[3][CW], x[3][CW], bias, scale; int age; };
+  struct Window {
+    T f[3][CW], x[3][CW], bias, scale;
+    int age;
+  };
+''')
+
+# %% ../nbs/10_hardware.ipynb #9d6db270
+#| echo: false
+CUDA_LAYER += Cpp(r'''
   BK_HD void open(Window& l, I b, I c, I n0) const {
-    BK_UNROLL for (int p = 0; p < 3; p++) if (p < nin) { BK_UNROLL for (int j = 0; j < CW; j++) { l.f[p][j] = taps[j * P() + p * C + c]; l.x[p][j] = j < CW - 1 ? raw(b, n0 - 1 - j, p, c) : T(0); } }
-    l.bias = bias ? bias[c] : T(0); l.scale = scale[c]; l.age = CW;
+    BK_UNROLL for (int p = 0; p < 3; p++) if (p < nin) {
+      BK_UNROLL for (int j = 0; j < CW; j++) {
+        l.f[p][j] = taps[j * P() + p * C + c];
+        l.x[p][j] = j < CW - 1 ? raw(b, n0 - 1 - j, p, c) : T(0);
+      }
+    }
+    l.bias = bias ? bias[c] : T(0);
+    l.scale = scale[c];
+    l.age = CW;
     for (I i = n0 - CW + 1; i < n0; i++) l.age = cut_at(b, i) ? 0 : l.age + 1;
   }
-  BK_HD void shift(Window& l, const T* x, bool cut_here, T* pre) const {   // one row on: the convolved columns
+  BK_HD void shift(Window& l, const T* x, bool cut_here,
+                    T* pre) const {  // one row on: the convolved columns
     l.age = cut_here ? 0 : l.age + 1;
     BK_UNROLL for (int p = 0; p < 3; p++) if (p < nin) {
       BK_UNROLL for (int j = CW - 1; j > 0; j--) l.x[p][j] = l.x[p][j - 1];
-      l.x[p][0] = x[p]; T a = x[p] * l.f[p][0];
+      l.x[p][0] = x[p];
+      T a = x[p] * l.f[p][0];
       BK_UNROLL for (int j = 1; j < CW; j++) if (j <= l.age) a += l.x[p][j] * l.f[p][j];
       pre[p] = a;
     }
   }
   BK_HD void values(const Window& l, const T* pre, T& u, T& w, T& v) const {
-    u = (act ? silu(pre[0]) : pre[0]) * l.scale; w = v = 0;
+    u = (act ? silu(pre[0]) : pre[0]) * l.scale;
+    w = v = 0;
     if (iw > 0) w = softplus(pre[1] + l.bias);
     if (iv > 0) v = vmax * (2 * sigmoid(2 * pre[iw > 0 ? 2 : 1]) - 1);
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0062
-CUDA_LAYER += r'''
-template <class T, class M, int CW> struct LayerOp { enum { REV = 0, X = 2 }; typedef Moebius Map; typedef LayerData<T, M, CW> Data; Data d;
-  struct Row { T x[3]; bool cut; };
-  struct Local { typename Data::Window w; double base, eta; };
-  struct State { Z g, y; BK_HD void set(const Z* z) { g = z[0]; y = z[1]; } };
-  BK_HD void open(Local& l, I b, I c, I n0) const { d.open(l.w, b, c, n0); l.base = -2 - double(d.E[c]); l.eta = d.eta[c]; }
-  BK_HD void start(Z* z, I b, I c) const { const double* q = d.g0 + (b * d.C + c) * 4; if (d.g0) { z[0] = {q[0], q[1]}; z[1] = {q[2], q[3]}; } else z[0] = z[1] = {0, 0}; }
-  BK_HD void read(Row& r, I b, I i, I c) const { BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) r.x[p] = d.raw(b, i, p, c); r.cut = d.cut_at(b, i); }
+#| echo: false
+CUDA_LAYER += Cpp(r'''
+template <class T, class M, int CW> struct LayerOp {
+  enum { REV = 0, X = 2 };
+  typedef Moebius Map;
+  typedef LayerData<T, M, CW> Data;
+  Data d;
+  struct Row {
+    T x[3];
+    bool cut;
+  };
+  struct Local {
+    typename Data::Window w;
+    double base, eta;
+  };
+  struct State {
+    Z g, y;
+    BK_HD void set(const Z* z) {
+      g = z[0];
+      y = z[1];
+    }
+  };
+  BK_HD void open(Local& l, I b, I c, I n0) const {
+    d.open(l.w, b, c, n0);
+    l.base = -2 - double(d.E[c]);
+    l.eta = d.eta[c];
+  }
+  BK_HD void start(Z* z, I b, I c) const {
+    const double* q = d.g0 + (b * d.C + c) * 4;
+    if (d.g0) {
+      z[0] = {q[0], q[1]};
+      z[1] = {q[2], q[3]};
+    } else z[0] = z[1] = {0, 0};
+  }
+''')
+
+# %% ../nbs/10_hardware.ipynb #4f59c709
+#| echo: false
+CUDA_LAYER += Cpp(r'''
+  BK_HD void read(Row& r, I b, I i, I c) const {
+    BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) r.x[p] = d.raw(b, i, p, c);
+    r.cut = d.cut_at(b, i);
+  }
   BK_HD void step(State& s, Local& l, const Row& r, I b, I i, I c) const {
     if (d.ck && i % ROWS == 0) keep(d.ck + ((b * d.blocks() + i / ROWS) * d.C + c) * 4, s);
-    T pre[3], u, w, v; d.shift(l.w, r.x, r.cut, pre); d.values(l.w, pre, u, w, v);
+    T pre[3], u, w, v;
+    d.shift(l.w, r.x, r.cut, pre);
+    d.values(l.w, pre, u, w, v);
     const double t = r.cut ? 0 : 1;
-    s.g = pivot_step(Z{l.base + v, -(l.eta + w)}, s.g * t); s.y = mix_step(s.g, s.y, t, double(u));
+    s.g = pivot_step(Z{l.base + v, -(l.eta + w)}, s.g * t);
+    s.y = mix_step(s.g, s.y, t, double(u));
     M* o = d.out + (b * d.N + i) * d.D() + d.feat * c;
-    if (d.feat == 2) st2(o, T(s.y.re), T(s.y.im)); else st(o, T(s.y.re));
+    if (d.feat == 2) st2(o, T(s.y.re), T(s.y.im));
+    else st(o, T(s.y.re));
   }
   BK_HD void fold(Map& m, Local& l, const Row& r) const {
-    T pre[3], u, w, v; d.shift(l.w, r.x, r.cut, pre); d.values(l.w, pre, u, w, v);
-    const double t = r.cut ? 0 : 1; const Z a = {l.base + v, -(l.eta + w)};
-    for (int x = 0; x < 2; x++) { Z p = a * m.p[x] - m.q[x] * t; m.s[x] = m.p[x] * double(u) - m.s[x] * t; m.q[x] = m.p[x]; m.p[x] = p; }
+    T pre[3], u, w, v;
+    d.shift(l.w, r.x, r.cut, pre);
+    d.values(l.w, pre, u, w, v);
+    const double t = r.cut ? 0 : 1;
+    const Z a = {l.base + v, -(l.eta + w)};
+    for (int x = 0; x < 2; x++) {
+      Z p = a * m.p[x] - m.q[x] * t;
+      m.s[x] = m.p[x] * double(u) - m.s[x] * t;
+      m.q[x] = m.p[x];
+      m.p[x] = p;
+    }
     m.r = -(m.r * t);
   }
-  static BK_HD void keep(double* q, const State& s) { q[0] = s.g.re; q[1] = s.g.im; q[2] = s.y.re; q[3] = s.y.im; }
-  BK_HD void close(State& s, Local&, I, I b, I c, bool last) const { if (last && d.g1) keep(d.g1 + (b * d.C + c) * 4, s); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #1db72215
+#| echo: false
+CUDA_LAYER += Cpp(r'''
+  static BK_HD void keep(double* q, const State& s) {
+    q[0] = s.g.re;
+    q[1] = s.g.im;
+    q[2] = s.y.re;
+    q[3] = s.y.im;
+  }
+  BK_HD void close(State& s, Local&, I, I b, I c, bool last) const {
+    if (last && d.g1) keep(d.g1 + (b * d.C + c) * 4, s);
+  }
 };
-template <class T, class M, int CW> struct NormGate { enum { PHASES = 3, TREE = 8 }; LayerData<T, M, CW> d;   // a block per token
+template <class T, class M, int CW> struct NormGate {
+  enum { PHASES = 3, TREE = 8 };
+  LayerData<T, M, CW> d;  // a block per token
   size_t room() const { return (128 + TREE) * sizeof(T); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #27dcaa04
+#| echo: false
+CUDA_LAYER += Cpp(r'''
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *part = (T*)mem, *few = part + threads; const I b = at / d.N, i = at % d.N; M* o = d.out + at * d.D(); const M* gate = d.h + b * d.hb + i * d.hn + d.P();
-    if (phase == 0) { T s = 0; for (I e = t; e < d.D(); e += threads) { T y = ld<T>(o + e); s += y * y; } part[t] = s; }
-    if (phase == 1 && t < TREE) { T s = 0; for (int q = t; q < threads; q += TREE) s += part[q]; few[t] = s; }
+    T *part = (T*)mem, *few = part + threads;
+    const I b = at / d.N, i = at % d.N;
+    M* o = d.out + at * d.D();
+    const M* gate = d.h + b * d.hb + i * d.hn + d.P();
+    if (phase == 0) {
+      T s = 0;
+      for (I e = t; e < d.D(); e += threads) {
+        T y = ld<T>(o + e);
+        s += y * y;
+      }
+      part[t] = s;
+    }
+    if (phase == 1 && t < TREE) {
+      T s = 0;
+      for (int q = t; q < threads; q += TREE) s += part[q];
+      few[t] = s;
+    }
     if (phase == 2) {
-      T s = 0; for (int q = 0; q < TREE; q++) s += few[q];
-      const T r = 1 / bk_sqrt(s / d.D() + d.eps); if (t == 0 && d.rinv) d.rinv[at] = r;
-      for (I e = t; e < d.D(); e += threads) st(o + e, ld<T>(o + e) * d.wt[e] * silu(ld<T>(gate + (d.feat == 2 ? e >> 1 : e))) * r);
+      T s = 0;
+      for (int q = 0; q < TREE; q++) s += few[q];
+      const T r = 1 / bk_sqrt(s / d.D() + d.eps);
+      if (t == 0 && d.rinv) d.rinv[at] = r;
+      for (I e = t; e < d.D(); e += threads)
+        st(o + e, ld<T>(o + e) * d.wt[e] * silu(ld<T>(gate + (d.feat == 2 ? e >> 1 : e))) * r);
     }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0064
-CUDA_LAYER_BACK = r'''
-template <class T, class M, int CW> struct Dots { enum { PHASES = 3, TREE = 8 }; LayerData<T, M, CW> d;
+#| echo: false
+CUDA_LAYER_BACK = Cpp(r'''
+template <class T, class M, int CW> struct Dots {
+  enum { PHASES = 3, TREE = 8 };
+  LayerData<T, M, CW> d;
   size_t room() const { return (128 + TREE) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *part = (T*)mem, *few = part + threads; const M *p = d.dout + at * d.D(), *q = d.out + at * d.D();
-    if (phase == 0) { T s = 0; for (I e = t; e < d.D(); e += threads) s += ld<T>(p + e) * ld<T>(q + e); part[t] = s; }
-    if (phase == 1 && t < TREE) { T s = 0; for (int q = t; q < threads; q += TREE) s += part[q]; few[t] = s; }
-    if (phase == 2 && t == 0) { T s = 0; for (int q = 0; q < TREE; q++) s += few[q]; d.mean[at] = s / d.D(); }
+    T *part = (T*)mem, *few = part + threads;
+    const M *p = d.dout + at * d.D(), *q = d.out + at * d.D();
+    if (phase == 0) {
+      T s = 0;
+      for (I e = t; e < d.D(); e += threads) s += ld<T>(p + e) * ld<T>(q + e);
+      part[t] = s;
+    }
+    if (phase == 1 && t < TREE) {
+      T s = 0;
+      for (int q = t; q < threads; q += TREE) s += part[q];
+      few[t] = s;
+    }
+    if (phase == 2 && t == 0) {
+      T s = 0;
+      for (int q = 0; q < TREE; q++) s += few[q];
+      d.mean[at] = s / d.D();
+    }
   }
 };
-template <class T, class M, int CW, bool FOLD> struct LayerBack { typedef Complex<T> ZT; typedef LayerData<T, M, CW> Data; typedef Affine2 Map; enum { REV = 1, X = 2, SUMS = 3 * CW + 6 };
-  Data d; Job j; const double* in; double* maps;
-  struct Block { T pre[3][ROWS], v[ROWS]; ZT g[ROWS], y[ROWS]; int age[ROWS]; bool cut[ROWS]; };
-  BK_HD void again(typename Data::Window& l, Block& k, I b, I c, I t0, I t1) const {   // the forward sweep of one block of rows
-    const double* q = d.ck + ((b * d.blocks() + t0 / ROWS) * d.C + c) * 4; Z g = {q[0], q[1]}, y = {q[2], q[3]}; d.open(l, b, c, t0);
+''')
+
+# %% ../nbs/10_hardware.ipynb #66946962
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+template <class T, class M, int CW, bool FOLD> struct LayerBack {
+  typedef Complex<T> ZT;
+  typedef LayerData<T, M, CW> Data;
+  typedef Affine2 Map;
+  enum { REV = 1, X = 2, SUMS = 3 * CW + 6 };
+  Data d;
+  Job j;
+  const double* in;
+  double* maps;
+  struct Block {
+    T pre[3][ROWS], v[ROWS];
+    ZT g[ROWS], y[ROWS];
+    int age[ROWS];
+    bool cut[ROWS];
+  };
+''')
+
+# %% ../nbs/10_hardware.ipynb #547dff86
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+  BK_HD void again(typename Data::Window& l, Block& k, I b, I c, I t0,
+                    I t1) const {  // the forward sweep of one block of rows
+    const double* q = d.ck + ((b * d.blocks() + t0 / ROWS) * d.C + c) * 4;
+    Z g = {q[0], q[1]}, y = {q[2], q[3]};
+    d.open(l, b, c, t0);
     const double base = -2 - double(d.E[c]), eta = d.eta[c];
-    for (I i0 = t0; i0 < t1; i0 += AHEAD) {            // eight rows are loaded before the first is used
-      T x[AHEAD][3]; BK_UNROLL for (int q = 0; q < AHEAD; q++) BK_UNROLL for (int p = 0; p < 3; p++) if (i0 + q < t1 && p < d.nin) x[q][p] = d.raw(b, i0 + q, p, c);
+    for (I i0 = t0; i0 < t1; i0 += AHEAD) {  // eight rows are loaded before the first is used
+      T x[AHEAD][3];
+      BK_UNROLL for (int q = 0; q < AHEAD; q++)
+          BK_UNROLL for (int p = 0; p < 3; p++) if (i0 + q < t1 && p < d.nin) x[q][p] =
+              d.raw(b, i0 + q, p, c);
       BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 + q < t1) {
-        T pre[3], u, w, v; const I n = i0 + q - t0; k.cut[n] = d.cut_at(b, i0 + q); d.shift(l, x[q], k.cut[n], pre); d.values(l, pre, u, w, v);
-        const double t = k.cut[n] ? 0 : 1; g = pivot_step(Z{base + v, -(eta + w)}, g * t); y = mix_step(g, y, t, double(u));
+        T pre[3], u, w, v;
+        const I n = i0 + q - t0;
+        k.cut[n] = d.cut_at(b, i0 + q);
+        d.shift(l, x[q], k.cut[n], pre);
+        d.values(l, pre, u, w, v);
+        const double t = k.cut[n] ? 0 : 1;
+        g = pivot_step(Z{base + v, -(eta + w)}, g * t);
+        y = mix_step(g, y, t, double(u));
         BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) k.pre[p][n] = pre[p];
-        k.v[n] = v; k.g[n] = as<T>(g); k.y[n] = as<T>(y); k.age[n] = l.age;
+        k.v[n] = v;
+        k.g[n] = as<T>(g);
+        k.y[n] = as<T>(y);
+        k.age[n] = l.age;
       }
     }
   }
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0066
-CUDA_LAYER_BACK += r'''
-  struct Early { T r, m, d0, d1, z; bool cut; };        // what a row loads
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+  struct Early {
+    T r, m, d0, d1, z;
+    bool cut;
+  };  // what a row loads
   BK_HD Early early(I b, I i, I c) const {
-    const I at = b * d.N + i; const M* q = d.dout + at * d.D() + d.feat * c;
-    return {d.rinv[at], d.mean[at], ld<T>(q), d.feat == 2 ? ld<T>(q + 1) : T(0), ld<T>(d.h + b * d.hb + i * d.hn + d.P() + c), d.cut_at(b, i + 1)};
+    const I at = b * d.N + i;
+    const M* q = d.dout + at * d.D() + d.feat * c;
+    return {d.rinv[at],
+            d.mean[at],
+            ld<T>(q),
+            d.feat == 2 ? ld<T>(q + 1) : T(0),
+            ld<T>(d.h + b * d.hb + i * d.hn + d.P() + c),
+            d.cut_at(b, i + 1)};
   }
-  struct Grads { ZT dy; T gate, dw0, dw1; };
+  struct Grads {
+    ZT dy;
+    T gate, dw0, dw1;
+  };
   BK_HD Grads through_norm(const Block& k, const Early& e, I n, I c) const {
-    const T w0 = d.wt[d.feat * c], w1 = d.feat == 2 ? d.wt[2 * c + 1] : T(0), sg = sigmoid(e.z), si = e.z * sg, h0 = k.y[n].re * e.r, h1 = k.y[n].im * e.r, e0 = e.d0 * h0, e1 = e.d1 * h1;
-    return {{(e.d0 * w0 * si - h0 * e.m) * e.r, d.feat == 2 ? (e.d1 * w1 * si - h1 * e.m) * e.r : T(0)}, (e0 * w0 + e1 * w1) * (sg + si * (1 - sg)), e0 * si, e1 * si};
+    const T w0 = d.wt[d.feat * c], w1 = d.feat == 2 ? d.wt[2 * c + 1] : T(0), sg = sigmoid(e.z),
+            si = e.z * sg, h0 = k.y[n].re * e.r, h1 = k.y[n].im * e.r, e0 = e.d0 * h0, e1 = e.d1 * h1;
+    return {{(e.d0 * w0 * si - h0 * e.m) * e.r, d.feat == 2 ? (e.d1 * w1 * si - h1 * e.m) * e.r : T(0)},
+            (e0 * w0 + e1 * w1) * (sg + si * (1 - sg)),
+            e0 * si,
+            e1 * si};
   }
-  struct State { ZT P, L; T owed[3][CW]; };
-  BK_HD void row(State& s, const typename Data::Window& l, Block& k, T* sum, const Early& e, I b, I i, I n, I c) const {
-    const Grads g = through_norm(k, e, n, c); const T t = e.cut ? 0 : 1; const ZT gc = k.g[n].conj(), yc = k.y[n].conj();
-    s.P = mix_adjoint(gc, g.dy, s.P, t); s.L = pivot_adjoint(gc, s.L * t) - yc * s.P;   // the bond is 0 or 1, so t^2 = t
-    T* S = sum + 3 * CW; S[4] += g.dw0; S[5] += g.dw1; S[2] -= s.L.re; S[3] -= s.L.im;
-    M* o = d.dh + (b * d.N + i) * d.F + c; st(o + d.P(), g.gate);
+  struct State {
+    ZT P, L;
+    T owed[3][CW];
+  };
+''')
+
+# %% ../nbs/10_hardware.ipynb #fdf06dd9
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+  BK_HD void row(State& s, const typename Data::Window& l, Block& k, T* sum, const Early& e, I b, I i,
+                  I n, I c) const {
+    const Grads g = through_norm(k, e, n, c);
+    const T t = e.cut ? 0 : 1;
+    const ZT gc = k.g[n].conj(), yc = k.y[n].conj();
+    s.P = mix_adjoint(gc, g.dy, s.P, t);
+    s.L = pivot_adjoint(gc, s.L * t) - yc * s.P;  // the bond is 0 or 1, so t^2 = t
+    T* S = sum + 3 * CW;
+    S[4] += g.dw0;
+    S[5] += g.dw1;
+    S[2] -= s.L.re;
+    S[3] -= s.L.im;
+    M* o = d.dh + (b * d.N + i) * d.F + c;
+    st(o + d.P(), g.gate);
     T own[3], pu = k.pre[0][n], su = d.act ? sigmoid(pu) : T(1), u = pu * su;
-    S[1] += s.P.re * u; own[0] = s.P.re * l.scale; if (d.act) own[0] *= su + u * (1 - su);
-    if (d.iw > 0) { own[1] = -s.L.im * sigmoid(k.pre[1][n] + l.bias); S[0] += own[1]; }
-    if (d.iv > 0) { const T th = k.v[n] / d.vmax, x = s.L.re * d.vmax * (1 - th * th); if (d.iw > 0) own[2] = x; else own[1] = x; }
-    BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) {   // the convolution transposed: a row is complete once the rows after it have added their share
-      BK_UNROLL for (int q = 0; q < CW; q++) if (q <= k.age[n]) { s.owed[p][q] += own[p] * l.f[p][q]; sum[p * CW + q] += own[p] * d.raw(b, i - q, p, c); }
+    S[1] += s.P.re * u;
+    own[0] = s.P.re * l.scale;
+    if (d.act) own[0] *= su + u * (1 - su);
+    if (d.iw > 0) {
+      own[1] = -s.L.im * sigmoid(k.pre[1][n] + l.bias);
+      S[0] += own[1];
+    }
+    if (d.iv > 0) {
+      const T th = k.v[n] / d.vmax, x = s.L.re * d.vmax * (1 - th * th);
+      if (d.iw > 0) own[2] = x;
+      else own[1] = x;
+    }
+    BK_UNROLL for (int p = 0; p < 3;
+''')
+
+# %% ../nbs/10_hardware.ipynb #37343127
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+                   p++) if (p < d.nin) {  // the convolution transposed: a row is complete once the rows
+                                          // after it have added their share
+      BK_UNROLL for (int q = 0; q < CW; q++) if (q <= k.age[n]) {
+        s.owed[p][q] += own[p] * l.f[p][q];
+        sum[p * CW + q] += own[p] * d.raw(b, i - q, p, c);
+      }
       st(o + p * d.C, s.owed[p][0]);
       BK_UNROLL for (int q = 0; q < CW - 1; q++) s.owed[p][q] = s.owed[p][q + 1];
       s.owed[p][CW - 1] = 0;
     }
   }
   BK_HD void fold(Map& m, const Block& k, const Early& e, I n, I c) const {
-    const Z gc = as<double>(k.g[n].conj()), yc = as<double>(k.y[n].conj()), dy = as<double>(through_norm(k, e, n, c).dy); const double t = e.cut ? 0 : 1; Map f;
-    f.a = -(gc * t); f.b = gc * dy; f.c = gc * gc * t; f.d = -(yc * f.a); f.e = -(yc * f.b); f.after(m); m = f;
+    const Z gc = as<double>(k.g[n].conj()), yc = as<double>(k.y[n].conj()),
+            dy = as<double>(through_norm(k, e, n, c).dy);
+    const double t = e.cut ? 0 : 1;
+    Map f;
+    f.a = -(gc * t);
+    f.b = gc * dy;
+    f.c = gc * gc * t;
+    f.d = -(yc * f.a);
+    f.e = -(yc * f.b);
+    f.after(m);
+    m = f;
   }
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0068
-CUDA_LAYER_BACK += r'''
-  BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+  BK_HD void start(Z* z, I, I) const {
+    z[0] = z[1] = {0, 0};
+  }
   BK_HD void operator()(I lane) const {
-    const I c = lane % j.C, k = lane / j.C % j.K, b = lane / j.C / j.K, n0 = k * j.len, n1 = least(j.N, n0 + j.len), L = j.lanes();
-    typename Data::Window l; Block blk; State s = {}; Map m; double acc[SUMS]; T sum[SUMS];
-    if (FOLD) m.unit(); else { for (int q = 0; q < SUMS; q++) acc[q] = 0; if (in) { s.P = {T(in[lane]), T(in[L + lane])}; s.L = {T(in[2 * L + lane]), T(in[3 * L + lane])}; } }
-    for (I t0 = (n1 - 1) / ROWS * ROWS; t0 >= n0; t0 -= ROWS) {
-      const I t1 = least(n1, t0 + ROWS); again(l, blk, b, c, t0, t1);
-      if (!FOLD) for (int q = 0; q < SUMS; q++) sum[q] = 0;
-      for (I i0 = t1 - 1; i0 >= t0; i0 -= AHEAD) {
-        Early e[AHEAD]; BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 - q >= t0) e[q] = early(b, i0 - q, c);
-        BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 - q >= t0) { if constexpr (FOLD) fold(m, blk, e[q], i0 - q - t0, c); else row(s, l, blk, sum, e[q], b, i0 - q, i0 - q - t0, c); }
+    const I c = lane % j.C, k = lane / j.C % j.K, b = lane / j.C / j.K, n0 = k * j.len,
+            n1 = least(j.N, n0 + j.len), L = j.lanes();
+    typename Data::Window l;
+    Block blk;
+    State s = {};
+    Map m;
+    double acc[SUMS];
+    T sum[SUMS];
+    if (FOLD) m.unit();
+    else {
+      for (int q = 0; q < SUMS; q++) acc[q] = 0;
+      if (in) {
+        s.P = {T(in[lane]), T(in[L + lane])};
+        s.L = {T(in[2 * L + lane]), T(in[3 * L + lane])};
       }
-      if (!FOLD) for (int q = 0; q < SUMS; q++) acc[q] += sum[q];
     }
-    if (FOLD) { for (int x = 0; x < Map::SIZE; x++) maps[x * L + lane] = ((const double*)&m)[x]; return; }
-    const I rows = CW * d.nin + 4 + d.feat; double* o = d.sums + (b * j.K + k) * rows * d.C + c;   // as 02 wants them: taps (j, p), bias, scale, E, eta, weight
-    for (int q = 0; q < CW; q++) for (int p = 0; p < d.nin; p++) o[(q * d.nin + p) * d.C] = acc[p * CW + q];
+''')
+
+# %% ../nbs/10_hardware.ipynb #0391c2f5
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+    for (I t0 = (n1 - 1) / ROWS * ROWS; t0 >= n0; t0 -= ROWS) {
+      const I t1 = least(n1, t0 + ROWS);
+      again(l, blk, b, c, t0, t1);
+      if (!FOLD)
+        for (int q = 0; q < SUMS; q++) sum[q] = 0;
+      for (I i0 = t1 - 1; i0 >= t0; i0 -= AHEAD) {
+        Early e[AHEAD];
+        BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 - q >= t0) e[q] = early(b, i0 - q, c);
+        BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 - q >= t0) {
+          if constexpr (FOLD) fold(m, blk, e[q], i0 - q - t0, c);
+          else row(s, l, blk, sum, e[q], b, i0 - q, i0 - q - t0, c);
+        }
+      }
+      if (!FOLD)
+        for (int q = 0; q < SUMS; q++) acc[q] += sum[q];
+    }
+    if (FOLD) {
+      for (int x = 0; x < Map::SIZE; x++) maps[x * L + lane] = ((const double*)&m)[x];
+      return;
+    }
+    const I rows = CW * d.nin + 4 + d.feat;
+    double* o = d.sums + (b * j.K + k) * rows * d.C +
+                c;  // as 02 wants them: taps (j, p), bias, scale, E, eta, weight
+    for (int q = 0; q < CW; q++)
+      for (int p = 0; p < d.nin; p++) o[(q * d.nin + p) * d.C] = acc[p * CW + q];
     for (int q = 0; q < 4 + d.feat; q++) o[(CW * d.nin + q) * d.C] = acc[3 * CW + q];
-    if (d.owed) for (int p = 0; p < d.nin; p++) for (int q = 0; q < CW; q++) d.owed[((b * j.K + k) * CW + q) * d.P() + p * d.C + c] = s.owed[p][q];
+    if (d.owed)
+      for (int p = 0; p < d.nin; p++)
+        for (int q = 0; q < CW; q++)
+          d.owed[((b * j.K + k) * CW + q) * d.P() + p * d.C + c] = s.owed[p][q];
   }
 };
-template <class T, class M, int CW> struct Pay { LayerData<T, M, CW> d; Job j;   // lane = (b, k, column)
+''')
+
+# %% ../nbs/10_hardware.ipynb #99570a44
+#| echo: false
+CUDA_LAYER_BACK += Cpp(r'''
+template <class T, class M, int CW> struct Pay {
+  LayerData<T, M, CW> d;
+  Job j;  // lane = (b, k, column)
   BK_HD void operator()(I lane) const {
-    const I p = lane % d.P(), k = lane / d.P() % j.K, b = lane / d.P() / j.K, n0 = k * j.len; if (!k) return;
-    for (int q = 0; q < CW - 1 && q < n0; q++) { M* o = d.dh + (b * d.N + n0 - 1 - q) * d.F + p; st(o, ld<T>(o) + d.owed[((b * j.K + k) * CW + q) * d.P() + p]); }
+    const I p = lane % d.P(), k = lane / d.P() % j.K, b = lane / d.P() / j.K, n0 = k * j.len;
+    if (!k) return;
+    for (int q = 0; q < CW - 1 && q < n0; q++) {
+      M* o = d.dh + (b * d.N + n0 - 1 - q) * d.F + p;
+      st(o, ld<T>(o) + d.owed[((b * j.K + k) * CW + q) * d.P() + p]);
+    }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0070
-CUDA_LAYER_ENTRY = r'''
-// a: K len stream work mean owed, then as in 02: B N C F nin features act threads has_w has_v width type, pointers to v_max and eps, h and its strides, the tensors
+#| echo: false
+CUDA_LAYER_ENTRY = Cpp(r'''
+// a: K len stream work mean owed, then as in 02: B N C F nin features act threads has_w has_v width type,
+// pointers to v_max and eps, h and its strides, the tensors
 template <class T, class M, int CW> int layer(const I* a, bool back) {
-  const I *s = a + 6, *q = s + 14; LayerData<T, M, CW> d; d.B = s[0]; d.N = s[1]; d.C = s[2]; d.F = s[3]; d.nin = (int)s[4]; d.feat = (int)s[5]; d.act = (int)s[6]; d.vmax = (T) * (double*)s[12]; d.eps = (T) * (double*)s[13];
-  d.iw = s[8] ? 1 : -1; d.iv = s[9] ? 1 + (int)s[8] : -1; d.mean = (T*)a[4]; d.owed = (T*)a[5];
-  d.h = (const M*)q[0]; d.hb = q[1]; d.hn = q[2]; d.past = (const M*)q[3]; d.cut = (const uint8_t*)q[4]; d.taps = (const T*)q[5]; d.bias = (const T*)q[6];
-  d.E = (const T*)q[7]; d.eta = (const T*)q[8]; d.scale = (const T*)q[9]; d.wt = (const T*)q[10]; d.out = (M*)q[11]; d.rinv = (T*)q[12]; d.ck = (double*)q[13];
-  d.g0 = (const double*)q[14]; d.g1 = (double*)q[15]; d.dout = (const M*)q[16]; d.dh = (M*)q[17]; d.sums = (double*)q[18];
-  Job j = {d.B, d.N, d.C, a[0], a[1]}; void* stream = (void*)a[2]; double* work = (double*)a[3]; const I L = j.lanes();
+  const I *s = a + 6, *q = s + 14;
+  LayerData<T, M, CW> d;
+  d.B = s[0];
+  d.N = s[1];
+  d.C = s[2];
+  d.F = s[3];
+  d.nin = (int)s[4];
+  d.feat = (int)s[5];
+  d.act = (int)s[6];
+  d.vmax = (T) * (double*)s[12];
+  d.eps = (T) * (double*)s[13];
+  d.iw = s[8] ? 1 : -1;
+  d.iv = s[9] ? 1 + (int)s[8] : -1;
+  d.mean = (T*)a[4];
+  d.owed = (T*)a[5];
+  d.h = (const M*)q[0];
+  d.hb = q[1];
+  d.hn = q[2];
+  d.past = (const M*)q[3];
+  d.cut = (const uint8_t*)q[4];
+  d.taps = (const T*)q[5];
+  d.bias = (const T*)q[6];
+  d.E = (const T*)q[7];
+  d.eta = (const T*)q[8];
+  d.scale = (const T*)q[9];
+  d.wt = (const T*)q[10];
+  d.out = (M*)q[11];
+  d.rinv = (T*)q[12];
+  d.ck = (double*)q[13];
+  d.g0 = (const double*)q[14];
+  d.g1 = (double*)q[15];
+''')
+
+# %% ../nbs/10_hardware.ipynb #5ddc49b8
+#| echo: false
+CUDA_LAYER_ENTRY += Cpp(r'''
+  d.dout = (const M*)q[16];
+  d.dh = (M*)q[17];
+  d.sums = (double*)q[18];
+  Job j = {d.B, d.N, d.C, a[0], a[1]};
+  void* stream = (void*)a[2];
+  double* work = (double*)a[3];
+  const I L = j.lanes();
   if (!d.B || !d.N || !d.C) return 0;
-  if (!back) { int e = drive(LayerOp<T, M, CW>{d}, j, work, stream); return e ? e : launch_blocks(NormGate<T, M, CW>{d}, d.B * d.N, 128, stream); }
-  typedef LayerBack<T, M, CW, false> Emit; typedef LayerBack<T, M, CW, true> Fold;
-  int e = launch_blocks(Dots<T, M, CW>{d}, d.B * d.N, 128, stream); double* in = nullptr;
+  if (!back) {
+    int e = drive(LayerOp<T, M, CW>{d}, j, work, stream);
+    return e ? e : launch_blocks(NormGate<T, M, CW>{d}, d.B * d.N, 128, stream);
+  }
+  typedef LayerBack<T, M, CW, false> Emit;
+  typedef LayerBack<T, M, CW, true> Fold;
+  int e = launch_blocks(Dots<T, M, CW>{d}, d.B * d.N, 128, stream);
+  double* in = nullptr;
   if (!e && j.K > 1) {
-    in = work + Affine2::SIZE * L; e = launch(Fold{d, j, nullptr, work}, L, 64, stream);
-    if (!e) e = launch_blocks(Link<Fold>{Fold{d, j, nullptr, nullptr}, j, work, in}, j.B * j.C, LINKS, stream);
+    in = work + Affine2::SIZE * L;
+    e = launch(Fold{d, j, nullptr, work}, L, 64, stream);
+    if (!e)
+      e = launch_blocks(Link<Fold>{Fold{d, j, nullptr, nullptr}, j, work, in}, j.B * j.C, LINKS, stream);
   }
   if (!e) e = launch(Emit{d, j, in, nullptr}, L, 64, stream);
   return e || j.K == 1 ? e : launch(Pay<T, M, CW>{d, j}, j.B * j.K * d.P(), 128, stream);
 }
-static int layer_any(const I* a, bool b) { return a[17] == 0 ? layer<float, float, 4>(a, b) : a[17] == 1 ? layer<double, double, 4>(a, b) : layer<float, bf16, 4>(a, b); }
+static int layer_any(const I* a, bool b) {
+  return a[17] == 0   ? layer<float, float, 4>(a, b)
+         : a[17] == 1 ? layer<double, double, 4>(a, b)
+                      : layer<float, bf16, 4>(a, b);
+}
 extern "C" int bk_layer(const I* a) { return layer_any(a, false); }
 extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
-'''
+''')
 LAYER_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
 LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
 
 # %% ../nbs/10_hardware.ipynb #c0071
-def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps   # no convolution: one tap and three zeros
+# no convolution: one tap and three zeros
+def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps
 
 def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
-    B,N,Fh = h.shape; W, P = taps.shape; dev, k = h.device, LAYER_KERNELS[h.device.type]; K,n = k.plan(B, N, C, dev, 32, 256 if back else 32)   # backward recomputes, so it wants more lanes
-    f = taps.dtype; empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
-    work, mean, owed = empty(17*B*K*C if K > 1 else 0, dt=torch.float64), empty(B*N if back else 0), empty(B*K*W*P if back and K > 1 else 0)
+    B, N, Fh = h.shape
+    W, P = taps.shape
+    dev, k = h.device, LAYER_KERNELS[h.device.type]
+    K, n = k.plan(B, N, C, dev, 32, 256 if back else 32)  # backward recomputes, so it wants more lanes
+    f = taps.dtype
+    empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
+    work, mean, owed = (
+        empty(17 * B * K * C if K > 1 else 0, dt=torch.float64),
+        empty(B * N if back else 0),
+        empty(B * K * W * P if back and K > 1 else 0),
+    )
     sums = empty(B*K, W*(P//C) + 4 + features, C, dt=torch.float64) if back else None
-    nums = (ctypes.c_double*2)(v_max, eps); at = ctypes.addressof(nums); p = lambda t: 0 if t is None else t.data_ptr()
-    args = [K, n, k.stream(dev), p(work), p(mean), p(owed) if K > 1 else 0, B, N, C, Fh, P//C, features, act, 0, bias is not None, has_v, W, mixers._TYPES[h.dtype], at, at + 8,
-            p(h), h.stride(0), h.stride(1), *(p(t) for t in tensors), p(sums)]
+    nums = (ctypes.c_double * 2)(v_max, eps)
+    at = ctypes.addressof(nums)
+    p = lambda t: 0 if t is None else t.data_ptr()
+    args = [
+        K,
+        n,
+        k.stream(dev),
+        p(work),
+        p(mean),
+        p(owed) if K > 1 else 0,
+        B,
+        N,
+        C,
+        Fh,
+        P // C,
+        features,
+        act,
+        0,
+        bias is not None,
+        has_v,
+        W,
+        mixers._TYPES[h.dtype],
+        at,
+        at + 8,
+        p(h),
+        h.stride(0),
+        h.stride(1),
+        *(p(t) for t in tensors),
+        p(sums),
+    ]
     k.run(name, args, dev)
     return sums
 
-def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v, keep=True):
+
+def layer_forward(
+    h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v, keep=True
+):
     "`02`'s fused layer by the CUDA kernels, on the GPU or, for CPU tensors, emulated: output, 1/r, kept states, state at the end."
     B,N,_ = h.shape; C, f = len(scale), scale.dtype
     out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
     r, kept = (h.new_empty(B, N, dtype=f), h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64)) if keep else (None, None)
-    taps = _four(taps); _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E, eta, scale, weight, out, r, kept, g0, end, None, None)
+    taps = _four(taps)
+    _layer_run(
+        'bk_layer',
+        h,
+        taps,
+        bias,
+        v_max,
+        eps,
+        features,
+        act,
+        has_v,
+        C,
+        past,
+        cut,
+        taps,
+        bias,
+        E,
+        eta,
+        scale,
+        weight,
+        out,
+        r,
+        kept,
+        g0,
+        end,
+        None,
+        None,
+    )
     return out, r, kept, end
+
 
 def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
     "Its adjoint: the gradient of h, and the parameters' in one row (taps, bias, scale, E, eta, weight)."
-    dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale); g, f, n = g.contiguous(), _four(taps), taps.numel()//C
+    dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale)
+    g, f, n = g.contiguous(), _four(taps), taps.numel() // C
     s = _layer_run('bk_layer_backward', h, f, bias, v_max, eps, features, act, has_v, C, None, cut, f, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
     s = (s if h.numel() else torch.zeros_like(s)).sum(0)
     return dh, torch.cat([s[:n].flatten(), s[f.numel()//C:-features].flatten(), s[-features:].T.flatten()]).to(scale.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0073
-CUDA_ATTENTION = r'''
-enum { TILE = 64 };                                    // tokens per chunk
-template <class T, class M, int CW> struct AttnData { I B, N, H, d, F; T eps; const M* h; I hb, hn; const M* past; const uint8_t* cut; const T *taps, *la, *wt;
-  T *A, *Ab, *into, *end, *decay; int* seg;            // (B, H, chunks, TILE): A_i, A_j - a_j, ...; decay is per chunk
-  BK_HD I D() const { return H * d; } BK_HD int w() const { return (int)d; } BK_HD I chunks() const { return (N + TILE - 1) / TILE; }
-  BK_HD void where(I block, I& b, I& hd, I& k, I& t0, I& n) const { k = block % chunks(); hd = block / chunks() % H; b = block / chunks() / H; t0 = k * TILE; n = least(TILE, N - t0); }
+#| echo: false
+CUDA_ATTENTION = Cpp(r'''
+enum { TILE = 64 };  // tokens per chunk
+template <class T, class M, int CW> struct AttnData {
+  I B, N, H, d, F;
+  T eps;
+  const M* h;
+  I hb, hn;
+  const M* past;
+  const uint8_t* cut;
+  const T *taps, *la, *wt;
+  T *A, *Ab, *into, *end, *decay;
+  int* seg;  // (B, H, chunks, TILE): A_i, A_j - a_j, ...; decay is per chunk
+  BK_HD I D() const { return H * d; }
+  BK_HD int w() const { return (int)d; }
+  BK_HD I chunks() const { return (N + TILE - 1) / TILE; }
+  BK_HD void where(I block, I& b, I& hd, I& k, I& t0, I& n) const {
+    k = block % chunks();
+    hd = block / chunks() % H;
+    b = block / chunks() / H;
+    t0 = k * TILE;
+    n = least(TILE, N - t0);
+  }
   BK_HD T raw(I b, I i, I col) const {
     if (i >= 0) return ld<T>(h + b * hb + i * hn + col);
     return past ? ld<T>(past + (b * (CW - 1) + i + CW - 1) * 3 * D() + col) : T(0);
   }
-  BK_HD bool ok(I b, I i, int j) const { if (cut) for (int s = 0; s < j; s++) if (i - s >= 0 && cut[b * N + i - s]) return false; return true; }   // no cut between i - j and i
-  BK_HD T conv(I b, I i, I col) const { T a = 0; BK_UNROLL for (int j = 0; j < CW; j++) if (ok(b, i, j)) a += raw(b, i - j, col) * taps[j * 3 * D() + col]; return a; }
+''')
+
+# %% ../nbs/10_hardware.ipynb #baad7ef7
+#| echo: false
+CUDA_ATTENTION += Cpp(r'''
+  BK_HD bool ok(I b, I i, int j) const {
+    if (cut)
+      for (int s = 0; s < j; s++)
+        if (i - s >= 0 && cut[b * N + i - s]) return false;
+    return true;
+  }  // no cut between i - j and i
+  BK_HD T conv(I b, I i, I col) const {
+    T a = 0;
+    BK_UNROLL for (int j = 0; j < CW; j++) if (ok(b, i, j)) a +=
+        raw(b, i - j, col) * taps[j * 3 * D() + col];
+    return a;
+  }
 };
-template <class T, class M, int CW> struct Decay { AttnData<T, M, CW> d;   // a lane per chunk
+''')
+
+# %% ../nbs/10_hardware.ipynb #a7b46198
+#| echo: false
+CUDA_ATTENTION += Cpp(r'''
+template <class T, class M, int CW> struct Decay {
+  AttnData<T, M, CW> d;  // a lane per chunk
   BK_HD void operator()(I lane) const {
-    I b, hd, k, t0, n; d.where(lane, b, hd, k, t0, n); T A = 0; int seg = 0; const I o = lane * TILE;
+    I b, hd, k, t0, n;
+    d.where(lane, b, hd, k, t0, n);
+    T A = 0;
+    int seg = 0;
+    const I o = lane * TILE;
     for (I i = 0; i < TILE; i++) {
-      const T a = i < n ? d.la[(b * d.N + t0 + i) * d.H + hd] : T(0); if (i < n && d.cut && d.cut[b * d.N + t0 + i]) seg++;
-      d.Ab[o + i] = A; A += a; d.A[o + i] = A; d.seg[o + i] = seg; d.into[o + i] = seg == 0 ? bk_exp(A) : T(0);
+      const T a = i < n ? d.la[(b * d.N + t0 + i) * d.H + hd] : T(0);
+      if (i < n && d.cut && d.cut[b * d.N + t0 + i]) seg++;
+      d.Ab[o + i] = A;
+      A += a;
+      d.A[o + i] = A;
+      d.seg[o + i] = seg;
+      d.into[o + i] = seg == 0 ? bk_exp(A) : T(0);
     }
-    for (I i = 0; i < TILE; i++) d.end[o + i] = i < n && d.seg[o + i] == seg ? bk_exp(A - d.Ab[o + i]) : T(0);
+    for (I i = 0; i < TILE; i++)
+      d.end[o + i] = i < n && d.seg[o + i] == seg ? bk_exp(A - d.Ab[o + i]) : T(0);
     d.decay[lane] = seg == 0 ? bk_exp(A) : T(0);
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0075
-CUDA_ATTENTION += r'''
-template <class T> BK_HD T row_sum(const T* x, int d, int i) { T s = 0; int c = i % d; for (int q = 0; q < d; q++) { s += x[i * d + c]; if (++c == d) c = 0; } return s; }
-template <class T, class M, int CW> struct Prepare { enum { PHASES = 3 }; AttnData<T, M, CW> d; M *q, *k, *v, *qi, *ke;   // a block per (b, head, chunk) of q, then of k, then of v
+#| echo: false
+CUDA_ATTENTION += Cpp(r'''
+template <class T> BK_HD T row_sum(const T* x, int d, int i) {
+  T s = 0;
+  int c = i % d;
+  for (int q = 0; q < d; q++) {
+    s += x[i * d + c];
+    if (++c == d) c = 0;
+  }
+  return s;
+}
+template <class T, class M, int CW> struct Prepare {
+  enum { PHASES = 3 };
+  AttnData<T, M, CW> d;
+  M *q, *k, *v, *qi, *ke;  // a block per (b, head, chunk) of q, then of k, then of v
   size_t room() const { return (2 * TILE * d.w() + TILE) * sizeof(T); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #b97217a3
+#| echo: false
+CUDA_ATTENTION += Cpp(r'''
   BK_HD void operator()(int phase, char* mem, I block, int t, int threads) const {
-    T *x = (T*)mem, *sq = x + TILE * d.w(), *inv = sq + TILE * d.w(); const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, kk, t0, n; d.where(at, b, hd, kk, t0, n);
-    if (phase == 0) for (int e = t; e < TILE * d.w(); e += threads) { const I i = e / d.w(); x[e] = i < n ? silu(d.conv(b, t0 + i, p * d.D() + hd * d.w() + e % d.w())) : T(0); sq[e] = x[e] * x[e]; }
-    if (phase == 1) for (I i = t; i < TILE; i += threads) { T s = p < 2 ? bk_sqrt(row_sum(sq, d.w(), i)) : T(1); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); }
-    if (phase == 2) for (int e = t; e < TILE * d.w(); e += threads) {
-      const I i = e / d.w(), o = at * TILE * d.w() + e; const T y = x[e] * inv[i];
-      if (p == 0) { st(q + o, y); st(qi + o, y * d.into[at * TILE + i]); } else if (p == 1) { st(k + o, y); st(ke + o, y * d.end[at * TILE + i]); } else st(v + o, y);
-    }
+    T *x = (T*)mem, *sq = x + TILE * d.w(), *inv = sq + TILE * d.w();
+    const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per;
+    I b, hd, kk, t0, n;
+    d.where(at, b, hd, kk, t0, n);
+    if (phase == 0)
+      for (int e = t; e < TILE * d.w(); e += threads) {
+        const I i = e / d.w();
+        x[e] = i < n ? silu(d.conv(b, t0 + i, p * d.D() + hd * d.w() + e % d.w())) : T(0);
+        sq[e] = x[e] * x[e];
+      }
+    if (phase == 1)
+      for (I i = t; i < TILE; i += threads) {
+        T s = p < 2 ? bk_sqrt(row_sum(sq, d.w(), i)) : T(1);
+        inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12));
+      }
+    if (phase == 2)
+      for (int e = t; e < TILE * d.w(); e += threads) {
+        const I i = e / d.w(), o = at * TILE * d.w() + e;
+        const T y = x[e] * inv[i];
+        if (p == 0) {
+          st(q + o, y);
+          st(qi + o, y * d.into[at * TILE + i]);
+        } else if (p == 1) {
+          st(k + o, y);
+          st(ke + o, y * d.end[at * TILE + i]);
+        } else st(v + o, y);
+      }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0077
-CUDA_ATTENTION += r'''
-template <class T, class M, int CW> struct Mask { AttnData<T, M, CW> d; M* P;   // P_ij *= E_ij, a lane per element
-  BK_HD void operator()(I e) const { const I j = e % TILE, i = e / TILE % TILE, o = e / (TILE * TILE) * TILE; st(P + e, j <= i && d.seg[o + i] == d.seg[o + j] ? ld<T>(P + e) * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0)); }
+#| echo: false
+CUDA_ATTENTION += Cpp(r'''
+template <class T, class M, int CW> struct Mask {
+  AttnData<T, M, CW> d;
+  M* P;  // P_ij *= E_ij, a lane per element
+  BK_HD void operator()(I e) const {
+    const I j = e % TILE, i = e / TILE % TILE, o = e / (TILE * TILE) * TILE;
+    st(P + e,
+       j <= i && d.seg[o + i] == d.seg[o + j] ? ld<T>(P + e) * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0));
+  }
 };
-template <class T, class M> struct States { I n, size; const M* add; const T *decay, *S0; T *keep, *last; M* low; int back;   // S <- decay S + new, a lane per element of the state; back: right to left
+template <class T, class M> struct States {
+  I n, size;
+  const M* add;
+  const T *decay, *S0;
+  T *keep, *last;
+  M* low;
+  int back;  // S <- decay S + new, a lane per element of the state; back: right to left
   BK_HD void operator()(I lane) const {
-    const I e = lane % size, bh = lane / size; T S = S0 ? S0[lane] : T(0), now[8], f[8];
+    const I e = lane % size, bh = lane / size;
+    T S = S0 ? S0[lane] : T(0), now[8], f[8];
     for (I c0 = 0; c0 < n; c0 += 8) {
-      BK_UNROLL for (int q = 0; q < 8; q++) if (c0 + q < n) { const I c = bh * n + (back ? n - 1 - c0 - q : c0 + q); now[q] = ld<T>(add + c * size + e); f[q] = decay[c]; }
-      BK_UNROLL for (int q = 0; q < 8; q++) if (c0 + q < n) { const I c = bh * n + (back ? n - 1 - c0 - q : c0 + q); if (keep) keep[c * size + e] = S; if (low) st(low + c * size + e, S); S = f[q] * S + now[q]; }
+      BK_UNROLL for (int q = 0; q < 8; q++) if (c0 + q < n) {
+        const I c = bh * n + (back ? n - 1 - c0 - q : c0 + q);
+        now[q] = ld<T>(add + c * size + e);
+        f[q] = decay[c];
+      }
+      BK_UNROLL for (int q = 0; q < 8; q++) if (c0 + q < n) {
+        const I c = bh * n + (back ? n - 1 - c0 - q : c0 + q);
+        if (keep) keep[c * size + e] = S;
+        if (low) st(low + c * size + e, S);
+        S = f[q] * S + now[q];
+      }
     }
     if (last) last[lane] = S;
   }
+''')
+
+# %% ../nbs/10_hardware.ipynb #32976702
+#| echo: false
+CUDA_ATTENTION += Cpp(r'''
 };
-template <class T, class M, int CW> struct Finish { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M* Y; M* out; T* r;   // norm and gate
+template <class T, class M, int CW> struct Finish {
+  enum { PHASES = 3 };
+  AttnData<T, M, CW> d;
+  const M* Y;
+  M* out;
+  T* r;  // norm and gate
   size_t room() const { return (TILE * d.w() + TILE) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *sq = (T*)mem, *inv = sq + TILE * d.w(); I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
-    if (phase == 0) for (int e = t; e < n * d.w(); e += threads) { T y = ld<T>(Y + at * TILE * d.w() + e); sq[e] = y * y; }
-    if (phase == 1) for (I i = t; i < n; i += threads) { inv[i] = 1 / bk_sqrt(row_sum(sq, d.w(), i) / d.w() + d.eps); if (r) r[(b * d.N + t0 + i) * d.H + hd] = inv[i]; }
-    if (phase == 2) for (int e = t; e < n * d.w(); e += threads) {
-      const I i = e / d.w(), c = e % d.w(), col = hd * d.w() + c;
-      st(out + (b * d.N + t0 + i) * d.D() + col, ld<T>(Y + at * TILE * d.w() + e) * d.wt[c] * inv[i] * silu(d.raw(b, t0 + i, 3 * d.D() + col)));
-    }
+    T *sq = (T*)mem, *inv = sq + TILE * d.w();
+    I b, hd, k, t0, n;
+    d.where(at, b, hd, k, t0, n);
+    if (phase == 0)
+      for (int e = t; e < n * d.w(); e += threads) {
+        T y = ld<T>(Y + at * TILE * d.w() + e);
+        sq[e] = y * y;
+      }
+    if (phase == 1)
+      for (I i = t; i < n; i += threads) {
+        inv[i] = 1 / bk_sqrt(row_sum(sq, d.w(), i) / d.w() + d.eps);
+        if (r) r[(b * d.N + t0 + i) * d.H + hd] = inv[i];
+      }
+    if (phase == 2)
+      for (int e = t; e < n * d.w(); e += threads) {
+        const I i = e / d.w(), c = e % d.w(), col = hd * d.w() + c;
+        st(out + (b * d.N + t0 + i) * d.D() + col,
+           ld<T>(Y + at * TILE * d.w() + e) * d.wt[c] * inv[i] * silu(d.raw(b, t0 + i, 3 * d.D() + col)));
+      }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0079
-CUDA_ATTENTION_BACK = r'''
-template <class T, class M, int CW> struct GateBack { enum { PHASES = 4 }; AttnData<T, M, CW> d; const M *Y, *out, *dout; const T* r; M *dY, *dh; T* dwt;   // dwt: (block, d)
+#| echo: false
+CUDA_ATTENTION_BACK = Cpp(r'''
+template <class T, class M, int CW> struct GateBack {
+  enum { PHASES = 4 };
+  AttnData<T, M, CW> d;
+  const M *Y, *out, *dout;
+  const T* r;
+  M *dY, *dh;
+  T* dwt;  // dwt: (block, d)
   size_t room() const { return (TILE * d.w() + TILE) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *x = (T*)mem, *mean = x + TILE * d.w(); I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
-    if (phase == 0) for (int e = t; e < n * d.w(); e += threads) { const I o = (b * d.N + t0 + e / d.w()) * d.D() + hd * d.w() + e % d.w(); x[e] = ld<T>(dout + o) * ld<T>(out + o); }
-    if (phase == 1) for (I i = t; i < n; i += threads) mean[i] = row_sum(x, d.w(), i) / d.w();
-    if (phase == 2) for (int e = t; e < TILE * d.w(); e += threads) {
-      const I i = e / d.w(), c = e % d.w(), col = hd * d.w() + c, o = at * TILE * d.w() + e; if (i >= n) { st(dY + o, T(0)); x[e] = 0; continue; }
-      const I tok = b * d.N + t0 + i; const T inv = r[tok * d.H + hd], y = ld<T>(Y + o) * inv, g = ld<T>(dout + tok * d.D() + col), z = d.raw(b, t0 + i, 3 * d.D() + col), sg = sigmoid(z), si = z * sg;
-      st(dh + tok * d.F + 3 * d.D() + col, g * y * d.wt[c] * (sg + si * (1 - sg))); st(dY + o, (g * d.wt[c] * si - y * mean[i]) * inv); x[e] = g * y * si;
-    }
-    if (phase == 3) for (I c = t; c < d.w(); c += threads) { T s = 0; for (I i = 0; i < TILE; i++) s += x[i * d.w() + c]; dwt[at * d.w() + c] = s; }
+    T *x = (T*)mem, *mean = x + TILE * d.w();
+    I b, hd, k, t0, n;
+    d.where(at, b, hd, k, t0, n);
+    if (phase == 0)
+      for (int e = t; e < n * d.w(); e += threads) {
+        const I o = (b * d.N + t0 + e / d.w()) * d.D() + hd * d.w() + e % d.w();
+        x[e] = ld<T>(dout + o) * ld<T>(out + o);
+      }
+    if (phase == 1)
+      for (I i = t; i < n; i += threads) mean[i] = row_sum(x, d.w(), i) / d.w();
+    if (phase == 2)
+      for (int e = t; e < TILE * d.w(); e += threads) {
+        const I i = e / d.w(), c = e % d.w(), col = hd * d.w() + c, o = at * TILE * d.w() + e;
+        if (i >= n) {
+          st(dY + o, T(0));
+          x[e] = 0;
+          continue;
+        }
+        const I tok = b * d.N + t0 + i;
+        const T inv = r[tok * d.H + hd], y = ld<T>(Y + o) * inv, g = ld<T>(dout + tok * d.D() + col),
+                z = d.raw(b, t0 + i, 3 * d.D() + col), sg = sigmoid(z), si = z * sg;
+        st(dh + tok * d.F + 3 * d.D() + col, g * y * d.wt[c] * (sg + si * (1 - sg)));
+        st(dY + o, (g * d.wt[c] * si - y * mean[i]) * inv);
+        x[e] = g * y * si;
+      }
+''')
+
+# %% ../nbs/10_hardware.ipynb #40d37d13
+#| echo: false
+CUDA_ATTENTION_BACK += Cpp(r'''
+    if (phase == 3)
+      for (I c = t; c < d.w(); c += threads) {
+        T s = 0;
+        for (I i = 0; i < TILE; i++) s += x[i * d.w() + c];
+        dwt[at * d.w() + c] = s;
+      }
   }
 };
-template <class T, class M, int CW> struct MaskBack { enum { PHASES = 2 }; AttnData<T, M, CW> d; const M* P; M* dP; T *dA, *da;   // P is masked; dP becomes dP E
+template <class T, class M, int CW> struct MaskBack {
+  enum { PHASES = 2 };
+  AttnData<T, M, CW> d;
+  const M* P;
+  M* dP;
+  T *dA, *da;  // P is masked; dP becomes dP E
   size_t room() const { return TILE * TILE * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T* x = (T*)mem; const I o = at * TILE;
-    if (phase == 0) for (int e = t; e < TILE * TILE; e += threads) {
-      const I i = e / TILE, j = e % TILE; const T g = ld<T>(dP + o * TILE + e); x[e] = g * ld<T>(P + o * TILE + e);
-      st(dP + o * TILE + e, j <= i && d.seg[o + i] == d.seg[o + j] ? g * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0));
-    }
-    if (phase == 1) for (I i = t; i < TILE; i += threads) { dA[o + i] = row_sum(x, (int)TILE, i); T s = 0; for (I q = 0; q < TILE; q++) s += x[q * TILE + i]; da[o + i] = -s; }
+    T* x = (T*)mem;
+    const I o = at * TILE;
+    if (phase == 0)
+      for (int e = t; e < TILE * TILE; e += threads) {
+        const I i = e / TILE, j = e % TILE;
+        const T g = ld<T>(dP + o * TILE + e);
+        x[e] = g * ld<T>(P + o * TILE + e);
+        st(dP + o * TILE + e,
+           j <= i && d.seg[o + i] == d.seg[o + j] ? g * bk_exp(d.A[o + i] - d.Ab[o + j]) : T(0));
+      }
+    if (phase == 1)
+      for (I i = t; i < TILE; i += threads) {
+        dA[o + i] = row_sum(x, (int)TILE, i);
+        T s = 0;
+        for (I q = 0; q < TILE; q++) s += x[q * TILE + i];
+        da[o + i] = -s;
+      }
   }
+''')
+
+# %% ../nbs/10_hardware.ipynb #675dc0f4
+#| echo: false
+CUDA_ATTENTION_BACK += Cpp(r'''
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0080
-CUDA_ATTENTION_BACK += r'''
-template <class T, class M, int CW> struct MixBack { enum { PHASES = 3 }; AttnData<T, M, CW> d; const M *q, *k, *dq2, *dk2; M *dq, *dk; T *dA, *da, *dla; const T* sd;   // dq, dk hold the parts that come through the state
+#| echo: false
+CUDA_ATTENTION_BACK += Cpp(r'''
+template <class T, class M, int CW> struct MixBack {
+  enum { PHASES = 3 };
+  AttnData<T, M, CW> d;
+  const M *q, *k, *dq2, *dk2;
+  M *dq, *dk;
+  T *dA, *da, *dla;
+  const T* sd;  // dq, dk hold the parts that come through the state
   size_t room() const { return 2 * TILE * d.w() * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I at, int t, int threads) const {
-    T *x = (T*)mem, *y = x + TILE * d.w(); const I o = at * TILE; I b, hd, c, t0, n; d.where(at, b, hd, c, t0, n);
-    if (phase == 0) for (int e = t; e < TILE * d.w(); e += threads) {
-      const I i = e / d.w(), z = o * d.w() + e; const T a = ld<T>(dq + z) * d.into[o + i], f = ld<T>(dk + z) * d.end[o + i];
-      x[e] = a * ld<T>(q + z); y[e] = f * ld<T>(k + z); st(dq + z, a + ld<T>(dq2 + z)); st(dk + z, f + ld<T>(dk2 + z));
-    }
-    if (phase == 1) for (I i = t; i < TILE; i += threads) { const T e = row_sum(y, d.w(), i); dA[o + i] += row_sum(x, d.w(), i); da[o + i] -= e; y[i * d.w()] = e; }
-    if (phase == 2 && t == 0) {                        // gradient of log|g_m|: all A_i with i >= m, all A_j - a_j with j > m
-      T all = d.decay[at] * sd[at], upto = 0, after = 0; for (I i = 0; i < TILE; i++) all += y[i * d.w()];
-      for (I i = TILE - 1; i >= 0; i--) { upto += dA[o + i] + (i == TILE - 1 ? all : T(0)); if (i < n) dla[(b * d.N + t0 + i) * d.H + hd] = upto + after; after += da[o + i]; }
+    T *x = (T*)mem, *y = x + TILE * d.w();
+    const I o = at * TILE;
+    I b, hd, c, t0, n;
+    d.where(at, b, hd, c, t0, n);
+    if (phase == 0)
+      for (int e = t; e < TILE * d.w(); e += threads) {
+        const I i = e / d.w(), z = o * d.w() + e;
+        const T a = ld<T>(dq + z) * d.into[o + i], f = ld<T>(dk + z) * d.end[o + i];
+        x[e] = a * ld<T>(q + z);
+        y[e] = f * ld<T>(k + z);
+        st(dq + z, a + ld<T>(dq2 + z));
+        st(dk + z, f + ld<T>(dk2 + z));
+      }
+    if (phase == 1)
+      for (I i = t; i < TILE; i += threads) {
+        const T e = row_sum(y, d.w(), i);
+        dA[o + i] += row_sum(x, d.w(), i);
+        da[o + i] -= e;
+        y[i * d.w()] = e;
+      }
+''')
+
+# %% ../nbs/10_hardware.ipynb #36aee195
+#| echo: false
+CUDA_ATTENTION_BACK += Cpp(r'''
+    if (phase == 2 && t == 0) {  // gradient of log|g_m|: all A_i with i >= m, all A_j - a_j with j > m
+      T all = d.decay[at] * sd[at], upto = 0, after = 0;
+      for (I i = 0; i < TILE; i++) all += y[i * d.w()];
+      for (I i = TILE - 1; i >= 0; i--) {
+        upto += dA[o + i] + (i == TILE - 1 ? all : T(0));
+        if (i < n) dla[(b * d.N + t0 + i) * d.H + hd] = upto + after;
+        after += da[o + i];
+      }
     }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0082
-CUDA_ATTENTION_BACK += r'''
-template <class T, class M, int CW> struct PrepareBack { enum { PHASES = 5, HALO = TILE + CW - 1 }; AttnData<T, M, CW> d; const M *dq, *dk, *dv; M* dh; T* dtaps;   // dtaps: (b, chunk, CW, 3 D)
+#| echo: false
+CUDA_ATTENTION_BACK += Cpp(r'''
+template <class T, class M, int CW> struct PrepareBack {
+  enum { PHASES = 5, HALO = TILE + CW - 1 };
+  AttnData<T, M, CW> d;
+  const M *dq, *dk, *dv;
+  M* dh;
+  T* dtaps;  // dtaps: (b, chunk, CW, 3 D)
   size_t room() const { return (2 * HALO * d.w() + 2 * HALO) * sizeof(T); }
   BK_HD void operator()(int phase, char* mem, I block, int t, int threads) const {
-    T *x = (T*)mem, *g = x + HALO * d.w(), *inv = g + HALO * d.w(), *dot = inv + HALO; const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per; I b, hd, k, t0, n; d.where(at, b, hd, k, t0, n);
-    const I rows = least(HALO, d.N - t0), col = p * d.D() + hd * d.w(); const M* dx = p == 0 ? dq : p == 1 ? dk : dv;
-    if (phase == 0) for (int e = t; e < rows * d.w(); e += threads) { x[e] = silu(d.conv(b, t0 + e / d.w(), col + e % d.w())); g[e] = ld<T>(dx + at * TILE * d.w() + e); }   // the next chunk follows in memory
-    if (phase == 1 && p < 2) for (I i = t; i < rows; i += threads) {
-      T s = 0, m = 0; int c = (int)i % d.w(); for (int q = 0; q < d.w(); q++) { const int e = (int)i * d.w() + c; s += x[e] * x[e]; m += x[e] * g[e]; if (++c == d.w()) c = 0; }
-      s = bk_sqrt(s); inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12)); dot[i] = m * inv[i];
-    }
-    if (phase == 2) for (int e = t; e < rows * d.w(); e += threads) {
-      const I i = e / d.w(); const T a = d.conv(b, t0 + i, col + e % d.w()), sg = sigmoid(a); T y = g[e]; if (p < 2) y = (y - x[e] * inv[i] * dot[i]) * inv[i];
-      g[e] = y * (sg + a * sg * (1 - sg));
-    }
-    if (phase == 3) for (int e = t; e < n * d.w(); e += threads) {
-      const I i = e / d.w(), c = col + e % d.w(); T s = 0; for (int j = 0; j < CW; j++) if (i + j < rows && d.ok(b, t0 + i + j, j)) s += g[e + j * d.w()] * d.taps[j * 3 * d.D() + c];
-      st(dh + (b * d.N + t0 + i) * d.F + c, s);
-    }
-    if (phase == 4) for (int e = t; e < CW * d.w(); e += threads) {
-      const int j = (int)(e / d.w()); const I c = col + e % d.w(); T s = 0; for (I i = 0; i < n; i++) if (d.ok(b, t0 + i, j)) s += g[i * d.w() + e % d.w()] * d.raw(b, t0 + i - j, c);
-      dtaps[((b * d.chunks() + k) * CW + j) * 3 * d.D() + c] = s;
-    }
+    T *x = (T*)mem, *g = x + HALO * d.w(), *inv = g + HALO * d.w(), *dot = inv + HALO;
+    const I per = d.B * d.H * d.chunks(), p = block / per, at = block % per;
+    I b, hd, k, t0, n;
+    d.where(at, b, hd, k, t0, n);
+    const I rows = least(HALO, d.N - t0), col = p * d.D() + hd * d.w();
+    const M* dx = p == 0 ? dq : p == 1 ? dk : dv;
+    if (phase == 0)
+      for (int e = t; e < rows * d.w(); e += threads) {
+        x[e] = silu(d.conv(b, t0 + e / d.w(), col + e % d.w()));
+        g[e] = ld<T>(dx + at * TILE * d.w() + e);
+      }  // the next chunk follows in memory
+    if (phase == 1 && p < 2)
+      for (I i = t; i < rows; i += threads) {
+        T s = 0, m = 0;
+        int c = (int)i % d.w();
+        for (int q = 0; q < d.w(); q++) {
+          const int e = (int)i * d.w() + c;
+          s += x[e] * x[e];
+          m += x[e] * g[e];
+          if (++c == d.w()) c = 0;
+        }
+        s = bk_sqrt(s);
+        inv[i] = 1 / (s > T(1e-12) ? s : T(1e-12));
+        dot[i] = m * inv[i];
+      }
+''')
+
+# %% ../nbs/10_hardware.ipynb #08594d22
+#| echo: false
+CUDA_ATTENTION_BACK += Cpp(r'''
+    if (phase == 2)
+      for (int e = t; e < rows * d.w(); e += threads) {
+        const I i = e / d.w();
+        const T a = d.conv(b, t0 + i, col + e % d.w()), sg = sigmoid(a);
+        T y = g[e];
+        if (p < 2) y = (y - x[e] * inv[i] * dot[i]) * inv[i];
+        g[e] = y * (sg + a * sg * (1 - sg));
+      }
+    if (phase == 3)
+      for (int e = t; e < n * d.w(); e += threads) {
+        const I i = e / d.w(), c = col + e % d.w();
+        T s = 0;
+        for (int j = 0; j < CW; j++)
+          if (i + j < rows && d.ok(b, t0 + i + j, j)) s += g[e + j * d.w()] * d.taps[j * 3 * d.D() + c];
+        st(dh + (b * d.N + t0 + i) * d.F + c, s);
+      }
+    if (phase == 4)
+      for (int e = t; e < CW * d.w(); e += threads) {
+        const int j = (int)(e / d.w());
+        const I c = col + e % d.w();
+        T s = 0;
+        for (I i = 0; i < n; i++)
+          if (d.ok(b, t0 + i, j)) s += g[i * d.w() + e % d.w()] * d.raw(b, t0 + i - j, c);
+        dtaps[((b * d.chunks() + k) * CW + j) * 3 * d.D() + c] = s;
+      }
   }
 };
-'''
+''')
 
 # %% ../nbs/10_hardware.ipynb #c0084
-CUDA_ATTENTION_ENTRY = r'''
-// a: which, stream, B N H d F width type, pointer to eps, h and its strides, past cut taps la wt, A Ab into end decay seg, then the tensors of that kernel
+#| echo: false
+CUDA_ATTENTION_ENTRY = Cpp(r'''
+// a: which, stream, B N H d F width type, pointer to eps, h and its strides, past cut taps la wt, A Ab
+// into end decay seg, then the tensors of that kernel
 template <class T, class M, int CW> int attention(const I* a) {
-  const I* q = a + 10; AttnData<T, M, CW> d = {a[2], a[3], a[4], a[5], a[6], (T) * (double*)a[9], (const M*)q[0], q[1], q[2], (const M*)q[3], (const uint8_t*)q[4], (const T*)q[5], (const T*)q[6], (const T*)q[7],
-    (T*)q[8], (T*)q[9], (T*)q[10], (T*)q[11], (T*)q[12], (int*)q[13]};
-  const I* p = q + 14; void* s = (void*)a[1]; const I tiles = d.B * d.H * d.chunks(); if (!tiles || !d.w()) return 0;
+  const I* q = a + 10;
+  AttnData<T, M, CW> d = {a[2],
+                          a[3],
+                          a[4],
+                          a[5],
+                          a[6],
+                          (T) * (double*)a[9],
+                          (const M*)q[0],
+                          q[1],
+                          q[2],
+                          (const M*)q[3],
+                          (const uint8_t*)q[4],
+                          (const T*)q[5],
+                          (const T*)q[6],
+                          (const T*)q[7],
+                          (T*)q[8],
+                          (T*)q[9],
+                          (T*)q[10],
+                          (T*)q[11],
+                          (T*)q[12],
+                          (int*)q[13]};
+  const I* p = q + 14;
+  void* s = (void*)a[1];
+  const I tiles = d.B * d.H * d.chunks();
+  if (!tiles || !d.w()) return 0;
+''')
+
+# %% ../nbs/10_hardware.ipynb #cb970e7a
+#| echo: false
+CUDA_ATTENTION_ENTRY += Cpp(r'''
   switch (a[0]) {
-    case 0: { int e = launch(Decay<T, M, CW>{d}, tiles, 64, s); return e ? e : launch_blocks(Prepare<T, M, CW>{d, (M*)p[0], (M*)p[1], (M*)p[2], (M*)p[3], (M*)p[4]}, 3 * tiles, 256, s); }
-    case 1: return launch(Mask<T, M, CW>{d, (M*)p[0]}, tiles * TILE * TILE, 256, s);
-    case 2: return launch(States<T, M>{d.chunks(), d.w() * d.w(), (const M*)p[0], d.decay, (const T*)p[1], (T*)p[2], (T*)p[3], (M*)p[4], (int)p[5]}, d.B * d.H * d.w() * d.w(), 128, s);
-    case 3: return launch_blocks(Finish<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2]}, tiles, 256, s);
-    case 4: return launch_blocks(GateBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (const T*)p[3], (M*)p[4], (M*)p[5], (T*)p[6]}, tiles, 256, s);
-    case 5: return launch_blocks(MaskBack<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2], (T*)p[3]}, tiles, 256, s);
-    case 6: return launch_blocks(MixBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (const M*)p[3], (M*)p[4], (M*)p[5], (T*)p[6], (T*)p[7], (T*)p[8], (const T*)p[9]}, tiles, 256, s);
-    default: return launch_blocks(PrepareBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (M*)p[3], (T*)p[4]}, 3 * tiles, 256, s);
+  case 0: {
+    int e = launch(Decay<T, M, CW>{d}, tiles, 64, s);
+    return e ? e
+             : launch_blocks(Prepare<T, M, CW>{d, (M*)p[0], (M*)p[1], (M*)p[2], (M*)p[3], (M*)p[4]},
+                             3 * tiles, 256, s);
+  }
+  case 1: return launch(Mask<T, M, CW>{d, (M*)p[0]}, tiles * TILE * TILE, 256, s);
+  case 2:
+    return launch(States<T, M>{d.chunks(), d.w() * d.w(), (const M*)p[0], d.decay, (const T*)p[1],
+                               (T*)p[2], (T*)p[3], (M*)p[4], (int)p[5]},
+                  d.B * d.H * d.w() * d.w(), 128, s);
+  case 3: return launch_blocks(Finish<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2]}, tiles, 256, s);
+  case 4:
+    return launch_blocks(GateBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2],
+                                            (const T*)p[3], (M*)p[4], (M*)p[5], (T*)p[6]},
+                         tiles, 256, s);
+  case 5:
+    return launch_blocks(MaskBack<T, M, CW>{d, (const M*)p[0], (M*)p[1], (T*)p[2], (T*)p[3]}, tiles, 256,
+                         s);
+  case 6:
+    return launch_blocks(MixBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2],
+                                           (const M*)p[3], (M*)p[4], (M*)p[5], (T*)p[6], (T*)p[7],
+                                           (T*)p[8], (const T*)p[9]},
+                         tiles, 256, s);
+  default:
+    return launch_blocks(
+        PrepareBack<T, M, CW>{d, (const M*)p[0], (const M*)p[1], (const M*)p[2], (M*)p[3], (T*)p[4]},
+        3 * tiles, 256, s);
   }
 }
-extern "C" int bk_attention(const I* a) { return a[8] == 0 ? attention<float, float, 4>(a) : a[8] == 1 ? attention<double, double, 4>(a) : attention<float, bf16, 4>(a); }
-// the state alone, for resolvent_attention. a: stream, B·H, n, size, back, float64, then new, decay, S0, before, last
-template <class T> int states(const I* a) { return launch(States<T, T>{a[2], a[3], (const T*)a[6], (const T*)a[7], (const T*)a[8], (T*)a[9], (T*)a[10], nullptr, (int)a[4]}, a[1] * a[3], 128, (void*)a[0]); }
+''')
+
+# %% ../nbs/10_hardware.ipynb #9394df92
+#| echo: false
+CUDA_ATTENTION_ENTRY += Cpp(r'''
+extern "C" int bk_attention(const I* a) {
+  return a[8] == 0   ? attention<float, float, 4>(a)
+         : a[8] == 1 ? attention<double, double, 4>(a)
+                     : attention<float, bf16, 4>(a);
+}
+// the state alone, for resolvent_attention. a: stream, B·H, n, size, back, float64, then new, decay, S0,
+// before, last
+template <class T> int states(const I* a) {
+  return launch(States<T, T>{a[2], a[3], (const T*)a[6], (const T*)a[7], (const T*)a[8], (T*)a[9],
+                             (T*)a[10], nullptr, (int)a[4]},
+                a[1] * a[3], 128, (void*)a[0]);
+}
 extern "C" int bk_states(const I* a) { return a[5] ? states<double>(a) : states<float>(a); }
-'''
+''')
 ATTENTION_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
 ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
 
@@ -926,63 +2338,127 @@ ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_
 class _Attend:
     "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
     def __init__(self, h, past, cut, taps, log_g, weight, eps):
-        B,N,Fh = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); taps = _four(taps); self.shape, self.h, self.f = (B, H, n, 64, d), h, f
+        B, N, Fh = h.shape
+        H, d, f = log_g.shape[2], len(weight), weight.dtype
+        n = -(-N // 64)
+        taps = _four(taps)
+        self.shape, self.h, self.f = (B, H, n, 64, d), h, f
         self.k, num = ATTENTION_KERNELS[h.device.type], ctypes.c_double(eps)
-        self.decays = [h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)] + [h.new_empty(B, H, n, dtype=f), h.new_empty(B, H, n, 64, dtype=torch.int32)]
+        self.decays = [h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)] + [
+            h.new_empty(B, H, n, dtype=f),
+            h.new_empty(B, H, n, 64, dtype=torch.int32),
+        ]
         self.keep = (num, past, cut, taps, log_g, weight)
-        self.head = [self.k.stream(h.device), B, N, H, d, Fh, len(taps), mixers._TYPES[h.dtype], ctypes.addressof(num), h.data_ptr(), h.stride(0), h.stride(1),
-                     *(0 if t is None else t.data_ptr() for t in (past, cut, taps, log_g, weight, *self.decays))]
-        self.q, self.key, self.v, self.qi, self.ke = (self.tile() for _ in range(5)); self(0, self.q, self.key, self.v, self.qi, self.ke)
+        self.head = [
+            self.k.stream(h.device),
+            B,
+            N,
+            H,
+            d,
+            Fh,
+            len(taps),
+            mixers._TYPES[h.dtype],
+            ctypes.addressof(num),
+            h.data_ptr(),
+            h.stride(0),
+            h.stride(1),
+            *(0 if t is None else t.data_ptr() for t in (past, cut, taps, log_g, weight, *self.decays)),
+        ]
+        self.q, self.key, self.v, self.qi, self.ke = (self.tile() for _ in range(5))
+        self(0, self.q, self.key, self.v, self.qi, self.ke)
         self.P = self.q @ self.key.mT; self(1, self.P)
     def tile(self, *s, dtype=None): return self.h.new_empty(s or self.shape, dtype=dtype or self.h.dtype)
-    def __call__(self, which, *ts): self.k.run('bk_attention', [which, *self.head, *(0 if t is None else t if isinstance(t, int) else t.data_ptr() for t in ts)], self.h.device)
-    def states(self, new, S0=None, keep=True, last=None, back=0): # state before each chunk (after, when back): in the type of sums, and in that of the products
+    def __call__(self, which, *ts):
+        self.k.run(
+            'bk_attention',
+            [which, *self.head, *(0 if t is None else t if isinstance(t, int) else t.data_ptr() for t in ts)],
+            self.h.device,
+        )
+
+    # state before each chunk (after, when back): in the type of sums, and in that of the products
+    def states(self, new, S0=None, keep=True, last=None, back=0):
         B,H,n,_,d = self.shape; low = self.h.dtype != self.f
-        S, s = (self.tile(B, H, n, d, d, dtype=self.f) if keep or not low else None), (self.tile(B, H, n, d, d) if low else None)
+        S, s = (self.tile(B, H, n, d, d, dtype=self.f) if keep or not low else None), (
+            self.tile(B, H, n, d, d) if low else None
+        )
         self(2, new, S0, S, last, s, back); return S, s if low else S
     def values(self, s): return self.P @ self.v + self.qi @ s
 
 def attention_forward(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
     "`02`'s fused attention by the CUDA kernels and `matmul`: output, 1/r per head, states at the chunks, state at the end."
-    B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype
+    B, N, _ = h.shape
+    H, d, f = log_g.shape[2], len(weight), weight.dtype
     out, r = h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=f) if keep else None
     end = None if keep else h.new_zeros(B, H, d, d, dtype=f) if S0 is None else S0.clone()
     if not h.numel(): return out, r, h.new_empty(B, H, -(-N//64), d, d, dtype=f) if keep else None, end
-    a = _Attend(h, past, cut, taps, log_g, weight, eps); S, s = a.states(a.ke.mT @ a.v, S0, keep, end)
+    a = _Attend(h, past, cut, taps, log_g, weight, eps)
+    S, s = a.states(a.ke.mT @ a.v, S0, keep, end)
     a(3, a.values(s), out, r); return out, r, S if keep else None, end
 
 # %% ../nbs/10_hardware.ipynb #c0087
 def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     "Its adjoint: gradients of h and log_g, and those of taps and weight in one row."
-    B,N,_ = h.shape; H, d, f = log_g.shape[2], len(weight), weight.dtype; n = -(-N//64); g = g.contiguous()
+    B, N, _ = h.shape
+    H, d, f = log_g.shape[2], len(weight), weight.dtype
+    n = -(-N // 64)
+    g = g.contiguous()
     dh, dla = torch.empty(h.shape, dtype=h.dtype, device=h.device), torch.empty_like(log_g)
     if not h.numel(): return dh, dla, taps.new_zeros(taps.numel() + d)
-    a = _Attend(h, None, cut, taps, log_g, weight, eps); s = kept.to(h.dtype)
-    dY, dwt = a.tile(), a.tile(B*H*n, d, dtype=f); a(4, a.values(s), out, g, r, dY, dh, dwt)
+    a = _Attend(h, None, cut, taps, log_g, weight, eps)
+    s = kept.to(h.dtype)
+    dY, dwt = a.tile(), a.tile(B * H * n, d, dtype=f)
+    a(4, a.values(s), out, g, r, dY, dh, dwt)
     dS, ds = a.states(a.qi.mT @ dY, back=1)                        # gradient of the state after each chunk
     dv, dP = a.ke @ ds + a.P.mT @ dY, dY @ a.v.mT
-    dA, da = (a.tile(B, H, n, 64, dtype=f) for _ in range(2)); a(5, a.P, dP, dA, da)
+    dA, da = (a.tile(B, H, n, 64, dtype=f) for _ in range(2))
+    a(5, a.P, dP, dA, da)
     dq, dk, dq2, dk2 = dY @ s.mT, a.v @ ds.mT, dP @ a.key, dP.mT @ a.q
     a(6, a.q, a.key, dq2, dk2, dq, dk, dA, da, dla, (kept*dS).sum((-1,-2)))
     dtaps = a.tile(B*n, 12*H*d, dtype=f); a(7, dq, dk, dv, dh, dtaps)
-    return dh, dla, torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps[:,:taps.numel()], dwt)]).to(taps.dtype)
+    return (
+        dh,
+        dla,
+        torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps[:, : taps.numel()], dwt)]).to(taps.dtype),
+    )
 
 # %% ../nbs/10_hardware.ipynb #c0089
 def _states(new, decay, S0, back):
-    B,H,n,dk,dv = new.shape; k, new, decay, S0 = ATTENTION_KERNELS[new.device.type], new.contiguous(), decay.contiguous(), None if S0 is None else S0.contiguous()
+    B, H, n, dk, dv = new.shape
+    k, new, decay, S0 = (
+        ATTENTION_KERNELS[new.device.type],
+        new.contiguous(),
+        decay.contiguous(),
+        None if S0 is None else S0.contiguous(),
+    )
     before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
-    if new.numel(): k.run('bk_states', [k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64, *(0 if t is None else t.data_ptr() for t in (new, decay, S0, before, last))], new.device)
+    if new.numel():
+        k.run(
+            'bk_states',
+            [
+                k.stream(new.device),
+                B * H,
+                n,
+                dk * dv,
+                back,
+                new.dtype == torch.float64,
+                *(0 if t is None else t.data_ptr() for t in (new, decay, S0, before, last)),
+            ],
+            new.device,
+        )
     return before, last
 
 class CarriedState(torch.autograd.Function):
     "`S ← decay·S + new` over chunks: new (B, H, n, dk, dv), decay (B, H, n, 1, 1), first state or None → states before each chunk, last state. float32 or float64."
     @staticmethod
     def forward(ctx, new, decay, S0):
-        before, last = _states(new, decay, S0, 0); ctx.save_for_backward(before, decay); ctx.first = S0 is not None
+        before, last = _states(new, decay, S0, 0)
+        ctx.save_for_backward(before, decay)
+        ctx.first = S0 is not None
         return before, last
     @staticmethod
     def backward(ctx, g, g_last):
-        before, decay = ctx.saved_tensors; after, first = _states(g, decay, g_last, 1)
+        before, decay = ctx.saved_tensors
+        after, first = _states(g, decay, g_last, 1)
         return after, (after*before).sum((-1,-2), keepdim=True), first if ctx.first else None
 
 # %% ../nbs/10_hardware.ipynb #c0100
@@ -991,37 +2467,77 @@ BACKENDS['cuda'] = CUDA
 def _registered(name, cpu, gpu): # the forward function that 02 calls, by device
     setattr(mixers, name, lambda h, *args, **kw: (gpu if h.is_cuda else cpu)(h, *args, **kw))
 
-_registered('_layer', mixers._layer, layer_forward); _registered('_attend', mixers._attend, attention_forward)
+_registered('_layer', mixers._layer, layer_forward)
+_registered('_attend', mixers._attend, attention_forward)
 
 def _carried(new, decay, state, plain=mixers._passed):
-    if new.dtype not in (torch.float32, torch.float64) or not _loads('attention'): return plain(new, decay, state)
+    if new.dtype not in (torch.float32, torch.float64) or not _loads('attention'):
+        return plain(new, decay, state)
     return CarriedState.apply(new, decay, None if state is None else state.to(new))
 _registered('_passed', mixers._passed, _carried)
-for op,kernel in ((layer_op, lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *rest)[:3]), (layer_backward_op, layer_backward),
-                  (attention_op, lambda h, cut, taps, log_g, weight, eps: attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3]), (attention_backward_op, attention_backward)): op.register_kernel('cuda')(kernel)
+for op, kernel in (
+    (
+        layer_op,
+        lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(
+            h, None, cut, taps, bias, E, eta, scale, weight, None, *rest
+        )[:3],
+    ),
+    (layer_backward_op, layer_backward),
+    (
+        attention_op,
+        lambda h, cut, taps, log_g, weight, eps: attention_forward(
+            h, None, cut, taps, log_g, weight, None, eps
+        )[:3],
+    ),
+    (attention_backward_op, attention_backward),
+):
+    op.register_kernel('cuda')(kernel)
 
 # %% ../nbs/10_hardware.ipynb #c0101
 @torch.compiler.assume_constant_result
-def _loads(which): return (LAYER_KERNELS if which == 'layer' else ATTENTION_KERNELS)['cuda'].library.load() is not None
+def _loads(which):
+    return (LAYER_KERNELS if which == 'layer' else ATTENTION_KERNELS)['cuda'].library.load() is not None
+
 
 def _fits(self, h, state, return_state):
-    return (self.fused and h.dtype in mixers._TYPES and (self.conv is None or self.conv.width == 4) and not torch._C._are_functorch_transforms_active()
-            and not ((state is not None or return_state) and torch.is_grad_enabled()))
+    return (
+        self.fused
+        and h.dtype in mixers._TYPES
+        and (self.conv is None or self.conv.width == 4)
+        and not torch._C._are_functorch_transforms_active()
+        and not ((state is not None or return_state) and torch.is_grad_enabled())
+    )
 
 _on_cpu = {cls: cls._can_fuse for cls in (BKMixer, BKAttention)}
 @patch
 def _can_fuse(self:BKMixer, h, state, return_state):
-    return _fits(self, h, state, return_state) and self.kind == 'resolvent' and self.causal and _loads('layer') if h.is_cuda else _on_cpu[BKMixer](self, h, state, return_state)
+    return (
+        _fits(self, h, state, return_state) and self.kind == 'resolvent' and self.causal and _loads('layer')
+        if h.is_cuda
+        else _on_cpu[BKMixer](self, h, state, return_state)
+    )
 @patch
-def _can_fuse(self:BKAttention, h, state, return_state): # the tiles of heads 128 wide in float32 take 70 KiB of shared memory
-    return _fits(self, h, state, return_state) and not self.phase and self.d_model//self.n_heads <= (64 if h.dtype == torch.float64 else 128) and _loads('attention') if h.is_cuda else _on_cpu[BKAttention](self, h, state, return_state)
+# the tiles of heads 128 wide in float32 take 70 KiB of shared memory
+def _can_fuse(self:BKAttention, h, state, return_state):
+    return (
+        _fits(self, h, state, return_state)
+        and not self.phase
+        and self.d_model // self.n_heads <= (64 if h.dtype == torch.float64 else 128)
+        and _loads('attention')
+        if h.is_cuda
+        else _on_cpu[BKAttention](self, h, state, return_state)
+    )
 
 # %% ../nbs/10_hardware.ipynb #c0106
 def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
                      arch=(9,0), # compute capability
                     )->list:   # of dicts: kernel, registers, spilled and stack bytes per thread
     "What `ptxas` reported for each kernel."
-    found = re.findall(rf"Compiling entry function '(\S+)' for 'sm_{arch[0]}{arch[1]}'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, .*?Used (\d+) registers", said, re.S)
+    found = re.findall(
+        rf"Compiling entry function '(\S+)' for 'sm_{arch[0]}{arch[1]}'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, .*?Used (\d+) registers",
+        said,
+        re.S,
+    )
     names = subprocess.run(['c++filt'], input='\n'.join(f[0] for f in found), capture_output=True, text=True).stdout.splitlines() if shutil.which('c++filt') else [f[0] for f in found]
     short = lambda n: re.sub(r'>$', '', re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))).replace(' ', '')
     return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
@@ -1032,7 +2548,8 @@ class CUDAOptimizedBKCore(nn.Module):
     def __init__(self,
         n_seq:int,       # N
         z:complex=1j,    # energy + i·width, width > 0
-        causal:bool=False, # True: g of the chain cut after each token. False sees the future: no next-token model
+        # True: g of the chain cut after each token. False sees the future: no next-token model
+        causal:bool=False,
     ):
         super().__init__()
         if n_seq < 1: raise ValueError(f'n_seq must be at least 1; got {n_seq}')
@@ -1043,7 +2560,8 @@ class CUDAOptimizedBKCore(nn.Module):
                )->Tensor:      # (B, N, 2): Re G, Im G
         if v.ndim != 2 or v.shape[1] != self.n_seq: raise ValueError(f'want v (B, {self.n_seq}); got {tuple(v.shape)}')
         with torch.autocast(v.device.type, enabled=False):
-            v = v if v.dtype == torch.float64 else v.float(); k = (self.h0_sub*self.h0_super).to(v.dtype)
+            v = v if v.dtype == torch.float64 else v.float()
+            k = (self.h0_sub * self.h0_super).to(v.dtype)
             G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
         return torch.view_as_real(G[...,0])
 
@@ -1056,59 +2574,116 @@ class MixedPrecisionTrainer:
         precision:str=None,  # 'bf16', 'fp16' or 'no'; None: bf16 if the device has it, else fp16
         clip:float=0.5,      # largest gradient norm; None: no clipping
     ):
-        gpu = torch.cuda.is_available(); precision = precision or ('bf16' if not gpu or torch.cuda.is_bf16_supported() else 'fp16')
+        gpu = torch.cuda.is_available()
+        precision = precision or ('bf16' if not gpu or torch.cuda.is_bf16_supported() else 'fp16')
+
         if precision not in ('no', 'bf16', 'fp16'): raise ValueError(f"precision must be 'no', 'bf16' or 'fp16'; got {precision!r}")
         if precision == 'fp16' and not gpu: raise ValueError("'fp16' wants a GPU (its gradient scaler runs there); on a CPU use 'bf16'")
         self.accelerator, self.clip, self.precision = _accelerator(precision), clip, precision
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)     # autocast is ours
     @property
-    def scaler(self): return self.accelerator.scaler                            # None but for fp16
+    def scaler(self):
+        return self.accelerator.scaler  # None but for fp16
 
     def train_step(self, x_batch:Tensor, # (B, N) tokens
                    y_batch:Tensor,       # (B, N) or (B·N,) targets
                    criterion,            # (logits (B·N, V), targets (B·N,)) -> loss
                   )->float:              # the loss
         "One update of the weights."
-        x, y = (t.to(self.accelerator.device) for t in (x_batch, y_batch)); self.optimizer.zero_grad()
+        x, y = (t.to(self.accelerator.device) for t in (x_batch, y_batch))
+        self.optimizer.zero_grad()
         with self.accelerator.autocast():
-            logits = self.model(x); loss = criterion(logits.reshape(-1, logits.shape[-1]).float(), y.reshape(-1))
+            logits = self.model(x)
+            loss = criterion(logits.reshape(-1, logits.shape[-1]).float(), y.reshape(-1))
         self.accelerator.backward(loss)
         if self.clip: self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         return loss.item()
 
 # %% ../nbs/10_hardware.ipynb #c0124
-def _off_by(a, b): return max(((x.detach().cpu().double() - y.detach()).abs().max()/y.detach().abs().max().clamp_min(1e-30)).item() for x,y in zip(a, b) if y is not None and y.numel())
+def _off_by(a, b):
+    return max(
+        (
+            (x.detach().cpu().double() - y.detach()).abs().max() / y.detach().abs().max().clamp_min(1e-30)
+        ).item()
+        for x, y in zip(a, b)
+        if y is not None and y.numel()
+    )
+
 
 def _op_values(op, c, backend):
     "Value and gradients of one op, each as a real tensor; the cotangent is fixed."
-    x = {k: t.clone().requires_grad_() for k,t in c.items()}; z, kw = torch.complex(x['E'], x['eta']), dict(absorb=x['absorb'], hop=x['hop'], backend=backend)
-    if op == 'mix': out, ends = resolvent_mix(x['v'], x['u'], z, state=(x['g'], x['y']), return_state=True, **kw)
-    elif op == 'solve': out = resolvent_mix(x['v'], x['u'], z, causal=False, **kw)
-    else: out = resolvent_diag(x['v'], z, causal=op == 'pivots', state=x['g'] if op == 'pivots' else None, **kw)
-    y = torch.view_as_real(out); t = torch.arange(y.numel(), dtype=torch.float64).view(y.shape).sin().to(y)
-    return [y, *(torch.view_as_real(g) if g.is_complex() else g for g in torch.autograd.grad((y*t).sum(), list(x.values()), allow_unused=True) if g is not None)]
+    x = {k: t.clone().requires_grad_() for k, t in c.items()}
+    z, kw = torch.complex(x['E'], x['eta']), dict(absorb=x['absorb'], hop=x['hop'], backend=backend)
+    if op == 'mix':
+        out, ends = resolvent_mix(x['v'], x['u'], z, state=(x['g'], x['y']), return_state=True, **kw)
+    elif op == 'solve':
+        out = resolvent_mix(x['v'], x['u'], z, causal=False, **kw)
+    else:
+        out = resolvent_diag(x['v'], z, causal=op == 'pivots', state=x['g'] if op == 'pivots' else None, **kw)
+    y = torch.view_as_real(out)
+    t = torch.arange(y.numel(), dtype=torch.float64).view(y.shape).sin().to(y)
+    return [
+        y,
+        *(
+            torch.view_as_real(g) if g.is_complex() else g
+            for g in torch.autograd.grad((y * t).sum(), list(x.values()), allow_unused=True)
+            if g is not None
+        ),
+    ]
 
 def _op_case(op, N, seed=0): # float32 values, so that the reference sees the same numbers
-    g = torch.Generator().manual_seed(seed); B, C = (2, 5) if N < 2**14 else (1, 2); r = lambda *s: torch.randn(*s, generator=g); causal = op in ('mix', 'pivots')
-    c = dict(v=r(B, N, C), u=r(B, N, C), E=-2 + r(C), eta=.1 + .9*torch.rand(C, generator=g), absorb=r(B, N, C).abs(), hop=.5 + .5*torch.rand(B, N if causal else N-1, C, generator=g))
+    g = torch.Generator().manual_seed(seed)
+    B, C = (2, 5) if N < 2**14 else (1, 2)
+    r = lambda *s: torch.randn(*s, generator=g)
+    causal = op in ('mix', 'pivots')
+    c = dict(
+        v=r(B, N, C),
+        u=r(B, N, C),
+        E=-2 + r(C),
+        eta=0.1 + 0.9 * torch.rand(C, generator=g),
+        absorb=r(B, N, C).abs(),
+        hop=0.5 + 0.5 * torch.rand(B, N if causal else N - 1, C, generator=g),
+    )
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
 # %% ../nbs/10_hardware.ipynb #c0125
 def _layer_values(kind, N, dev, seed=0):
     "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
-    torch.manual_seed(seed); B = 2 if N < 2**14 else 1; m = BKMixer(4, potential='token', eta_min=.1) if kind == 'layer' else BKAttention(16, 1, eta_min=.05, eta_max=.1)
+    torch.manual_seed(seed)
+    B = 2 if N < 2**14 else 1
+    m = (
+        BKMixer(4, potential='token', eta_min=0.1)
+        if kind == 'layer'
+        else BKAttention(16, 1, eta_min=0.05, eta_max=0.1)
+    )
     h, cut = torch.randn(B, N, m.in_proj.out_features), torch.rand(B, N) < 2e-3
     if kind == 'layer':
-        ps, rest = [m.conv.taps, m.absorb_bias, m.spectrum.E, m.spectrum.log_eta.exp(), m.scale, m.norm.weight], (m.v_max, m.norm.eps, 2, True, True)
-        pairs = ((layer_forward, layer_backward), (_cpu_layer, layer_backward_op)); past = (None,)
-    else: ps, rest, pairs, past = [m.conv.taps, -.1*torch.rand(B, N, 1), m.norm.weight], (m.norm.eps,), ((attention_forward, attention_backward), (_cpu_attend, attention_backward_op)), (None,)
+        ps, rest = [
+            m.conv.taps,
+            m.absorb_bias,
+            m.spectrum.E,
+            m.spectrum.log_eta.exp(),
+            m.scale,
+            m.norm.weight,
+        ], (m.v_max, m.norm.eps, 2, True, True)
+        pairs = ((layer_forward, layer_backward), (_cpu_layer, layer_backward_op))
+        past = (None,)
+    else:
+        ps, rest, pairs, past = (
+            [m.conv.taps, -0.1 * torch.rand(B, N, 1), m.norm.weight],
+            (m.norm.eps,),
+            ((attention_forward, attention_backward), (_cpu_attend, attention_backward_op)),
+            (None,),
+        )
     res = []
     for (fw, bw),to in zip(pairs, (lambda t: t.detach().to(dev), lambda t: t.detach().double())):
-        p, x, c = [to(t).contiguous() for t in ps], to(h), cut.to(dev if not res else 'cpu'); out, r, kept, _ = fw(x, None, c, *p, None, *rest)
-        g = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).sin().to(out); res.append([out, *bw(g, x, c, *p, out, r, kept, *rest)])
+        p, x, c = [to(t).contiguous() for t in ps], to(h), cut.to(dev if not res else 'cpu')
+        out, r, kept, _ = fw(x, None, c, *p, None, *rest)
+        g = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).sin().to(out)
+        res.append([out, *bw(g, x, c, *p, out, r, kept, *rest)])
     return res
 
 _cpu_layer, _cpu_attend = mixers._layer, mixers._attend
@@ -1122,7 +2697,12 @@ def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
     print(f"{'emulated on the host' if emulate else torch.cuda.get_device_name()}, float32 against float64, torch {torch.__version__}")
     for N in sizes:
         for op in ('diag', 'pivots', 'mix', 'solve'):
-            c = _op_case(op, N); want = _op_values(op, {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k,t in c.items()}, 'cpp')
+            c = _op_case(op, N)
+            want = _op_values(
+                op,
+                {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k, t in c.items()},
+                'cpp',
+            )
             rows.append(dict(op=op, N=N, error=_off_by(_op_values(op, {k: t.to(dev) for k,t in c.items()}, backend), want)))
         for kind in ('layer', 'attention'): rows.append(dict(op=kind, N=N, error=_off_by(*_layer_values(kind, N, dev))))
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
@@ -1140,17 +2720,22 @@ def capture_step(model:nn.Module,
     criterion = criterion or F.cross_entropy
     def step():
         opt.zero_grad(set_to_none=True)
-        with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False): logits = model(x); loss = criterion(logits.flatten(0, 1).float(), y.flatten())
+        with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False):
+            logits = model(x)
+            loss = criterion(logits.flatten(0, 1).float(), y.flatten())
         loss.backward(); opt.step(); return loss.detach()
-    side = torch.cuda.Stream(); side.wait_stream(torch.cuda.current_stream())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3): step()
-    torch.cuda.current_stream().wait_stream(side); graph = torch.cuda.CUDAGraph()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): loss = step()
     return graph.replay, loss
 
 # %% ../nbs/10_hardware.ipynb #c0134
-def _rivals(): return importlib.import_module('resnet_bk.benchmarks')   # only these commands look up to the rivals; nothing is imported with this module
+# only these commands look up to the rivals; nothing is imported with this module
+def _rivals(): return importlib.import_module('resnet_bk.benchmarks')
 
 def _ms(f, dev, rounds=10):
     "Median milliseconds of `f`, after two runs to warm up."
@@ -1158,8 +2743,16 @@ def _ms(f, dev, rounds=10):
     ts = []
     for _ in range(rounds):
         if dev == 'cuda':
-            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2)); a.record(); f(); b.record(); b.synchronize(); ts.append(a.elapsed_time(b))
-        else: t = time.perf_counter(); f(); ts.append((time.perf_counter() - t)*1e3)
+            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            a.record()
+            f()
+            b.record()
+            b.synchronize()
+            ts.append(a.elapsed_time(b))
+        else:
+            t = time.perf_counter()
+            f()
+            ts.append((time.perf_counter() - t) * 1e3)
     return sorted(ts)[len(ts)//2]
 
 def copy_bandwidth(dev:str='cuda', n:int=2**28, # floats
@@ -1174,10 +2767,15 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
     "Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written), as a share of the copy bandwidth; per number of chunks."
     kernels, rate, rows = BACKENDS['cuda' if dev == 'cuda' else 'emulated'], copy_bandwidth(dev, copy_floats), []
     for shape in shapes:
-        B,N,C = shape; w, u = torch.rand(shape, device=dev), torch.randn(shape, device=dev); E, eta = torch.full((C,), -1., device=dev), torch.full((C,), .1, device=dev); gy = torch.randn(shape, dtype=torch.complex64, device=dev)
+        B, N, C = shape
+        w, u = torch.rand(shape, device=dev), torch.randn(shape, device=dev)
+        E, eta = torch.full((C,), -1.0, device=dev), torch.full((C,), 0.1, device=dev)
+        gy = torch.randn(shape, dtype=torch.complex64, device=dev)
         want = kernels.plan(B, N, C, w.device)[0]
         for K in sorted({max(1, round(f*want)) for f in factors}):
-            kernels.chunks = K; fw = lambda: kernels.scan(None, w, u, E, eta, None, None, None, shape); g, y = fw()
+            kernels.chunks = K
+            fw = lambda: kernels.scan(None, w, u, E, eta, None, None, None, shape)
+            g, y = fw()
             bw = lambda: kernels.scan_backward(g, y, gy, None, None, None, None, shape, [False, True, True, False])
             a, b = (32*w.numel()/_ms(f, dev)*1e3*k for f,k in ((fw, 6/8), (bw, 1)))
             rows.append({'B·C': B*C, 'N': N, 'chunks': f'{K} (plan)' if K == want else str(K), 'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
@@ -1185,7 +2783,9 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
     return rows
 
 # %% ../nbs/10_hardware.ipynb #c0135
-def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072, dev:str='cuda')->list:
+def layer_times(
+    d: int = 1024, lengths=(512, 2048, 8192, 32768, 131072), tokens: int = 131072, dev: str = 'cuda'
+) -> list:
     "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
     layers, rows = {'BKMixer': BKMixer(d).to(dev), 'BKAttention': BKAttention(d).to(dev), 'SDPA': _rivals()._SDPA(d, max(1, d//64)).to(dev)}, []
     for N in lengths:
@@ -1193,58 +2793,88 @@ def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int
         def step(m):
             with torch.autocast(dev, torch.bfloat16): y = m(x)
             y.float().sum().backward()
-        for name,m in layers.items(): t[name] = _ms(lambda: step(m), dev, 5); m.zero_grad()
+        for name, m in layers.items():
+            t[name] = _ms(lambda: step(m), dev, 5)
+            m.zero_grad()
         rows.append({'N': N, **{f'{k} ms': v for k,v in t.items()}, **{f'SDPA / {k}': t['SDPA']/t[k] for k in list(layers)[:2]}})
     return rows
 
+
 def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536), tokens:int=32768, dev:str='cuda', precision='bf16')->list:
     "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step; the last row names the crossover."
-    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']; gpt = lambda N: _rivals().GPT(V, d, L, max(1, d//64), N)
-    per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}; want = sum(p.numel() for p in gpt(1024).parameters())
-    ours = ModelConfig(V, d, max(2, round(2 + (want - per[2])/(per[3] - per[2]))), tie=True); rows = []
+    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']
+    gpt = lambda N: _rivals().GPT(V, d, L, max(1, d // 64), N)
+    per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}
+    want = sum(p.numel() for p in gpt(1024).parameters())
+    ours = ModelConfig(V, d, max(2, round(2 + (want - per[2]) / (per[3] - per[2]))), tie=True)
+    rows = []
     for N in lengths:
         x, rate = torch.randint(V, (max(1, tokens//N), N + 1), device=dev), {}
         for name,make in (('ResNet-BK', lambda: ResNetBK(ours)), ('GPT', lambda: gpt(N))):
-            m = make().to(dev); t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-4), precision, 1.)
-            try: rate[name] = x[:,1:].numel()/_ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)*1e3
+            m = make().to(dev)
+            t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-4), precision, 1.0)
+            try:rate[name] = x[:,1:].numel()/_ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)*1e3
             except torch.cuda.OutOfMemoryError: rate[name] = math.nan
-            rate[name + ' params'] = sum(p.numel() for p in m.parameters()); del m, t
+            rate[name + ' params'] = sum(p.numel() for p in m.parameters())
+            del m, t
         rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
     return rows
 
 # %% ../nbs/10_hardware.ipynb #c0137
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
     "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
-    v = torch.randn(B, N, C, device=dev); fast = 'cuda' if dev == 'cuda' else 'emulated'; op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
+    v = torch.randn(B, N, C, device=dev)
+    fast = 'cuda' if dev == 'cuda' else 'emulated'
+    op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
     x = torch.randint(256, (8, N + 1), device=dev)
     def model(precision):
-        m = ResNetBK(ModelConfig(256, d, layers)).to(dev); t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters()), precision)
+        m = ResNetBK(ModelConfig(256, d, layers)).to(dev)
+        t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters()), precision)
         return _ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)
-    was = torch.get_float32_matmul_precision(); torch.set_float32_matmul_precision('highest'); full, half = model('no'), model('bf16')
-    torch.set_float32_matmul_precision('high'); tf32 = model('no'); torch.set_float32_matmul_precision(was)
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    full, half = model('no'), model('bf16')
+    torch.set_float32_matmul_precision('high')
+    tf32 = model('no')
+    torch.set_float32_matmul_precision(was)
     return [dict(what=w, expected=e, measured=m) for w,e,m in (('kernels / PyTorch loop', 3., op('reference')/op(fast)), ('bf16 / float32 step', 2., full/half), ('TF32 / float32 step', 1.5, full/tf32))]
 
 def gpu_benchmark():
     "All tables, on the GPU. `ValueError` without one."
     if not torch.cuda.is_available(): raise ValueError('no GPU here: nothing to measure')
-    machine, table = _rivals().machine, _rivals().table; print(machine()); print(table(bandwidth_shares(), 'share of the copy bandwidth')); print(table(layer_times(), 'layers, forward and backward'))
-    rows = model_rates(); print(table(rows, 'training a 125M model, bf16')); first = next((r['N'] for r in rows if r['ratio'] > 1), None)
-    print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N'); print(table(seed_factors(), 'the seed\'s factors'))
+    machine, table = _rivals().machine, _rivals().table
+    print(machine())
+    print(table(bandwidth_shares(), 'share of the copy bandwidth'))
+    print(table(layer_times(), 'layers, forward and backward'))
+    rows = model_rates()
+    print(table(rows, 'training a 125M model, bf16'))
+    first = next((r['N'] for r in rows if r['ratio'] > 1), None)
+    print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N')
+    print(table(seed_factors(), 'the seed\'s factors'))
 
 # %% ../nbs/10_hardware.ipynb #c0141
 def main(argv=None)->int: # exit code
     "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
     import argparse
-    p = argparse.ArgumentParser(prog='python -m resnet_bk.hardware', formatter_class=argparse.RawDescriptionHelpFormatter, description='CUDA kernels of ResNet-BK: are they right, and how fast are they, on this GPU?',
-        epilog='examples:\n  python -m resnet_bk.hardware check            every op, layer and gradient against float64, N from 1 to 2^20 (minutes)\n  python -m resnet_bk.hardware check --emulate  the same kernels as host code; needs no GPU\n  python -m resnet_bk.hardware bench            bandwidth, layers against FlashAttention, training a 125M model')
-    p.add_argument('what', choices=('check', 'bench')); p.add_argument('--emulate', action='store_true', help='check: run the kernels as host code')
+    p = argparse.ArgumentParser(
+        prog='python -m resnet_bk.hardware',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='CUDA kernels of ResNet-BK: are they right, and how fast are they, on this GPU?',
+        epilog='examples:\n  python -m resnet_bk.hardware check            every op, layer and gradient against float64, N from 1 to 2^20 (minutes)\n  python -m resnet_bk.hardware check --emulate  the same kernels as host code; needs no GPU\n  python -m resnet_bk.hardware bench            bandwidth, layers against FlashAttention, training a 125M model',
+    )
+    p.add_argument('what', choices=('check', 'bench'))
+    p.add_argument('--emulate', action='store_true', help='check: run the kernels as host code')
     p.add_argument('--sizes', type=int, nargs='+', metavar='N', help='check: lengths (default 1 ... 2^20)')
     a = p.parse_args(argv)
     try:
         if a.what == 'bench': gpu_benchmark(); return 0
-        rows = gpu_check(emulate=a.emulate, **({'sizes': a.sizes} if a.sizes else {})); top = max(rows, key=lambda r: r['error'])
-    except ValueError as e: print(e, file=sys.stderr); return 1
-    print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5"); return int(not top['error'] <= 1e-5)
+        rows = gpu_check(emulate=a.emulate, **({'sizes': a.sizes} if a.sizes else {}))
+        top = max(rows, key=lambda r: r['error'])
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 1
+    print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5")
+    return int(not top['error'] <= 1e-5)
 
 # %% ../nbs/10_hardware.ipynb #c0143
 #| eval: false

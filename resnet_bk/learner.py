@@ -128,7 +128,7 @@ def read_metrics(path, # a metrics.jsonl file
     "The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is no such file."
     out = []
     for line in Path(path).read_text().splitlines():
-        try: out.append(TrainingMetrics.from_dict(json.loads(line)))
+        try:out.append(TrainingMetrics.from_dict(json.loads(line)))
         except json.JSONDecodeError: break
     return out
 
@@ -144,10 +144,16 @@ class Callback:
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         odd = [n for n in vars(cls) if n.startswith(('before_', 'after_')) and n not in HOOKS]
-        if odd: raise TypeError(f"{cls.__name__}.{odd[0]} is not a hook of the loop; the hooks are {', '.join(HOOKS)}")
+        if odd:
+            raise TypeError(
+                f"{cls.__name__}.{odd[0]} is not a hook of the loop; the hooks are {', '.join(HOOKS)}"
+            )
 
 # %% ../nbs/05_learner.ipynb #c0044
-class CancelStep(Exception): "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
+class CancelStep(Exception):
+    "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
+
+
 class CancelFit(Exception): "Raised by a callback: end the run here, in good order; its text is shown"
 
 # %% ../nbs/05_learner.ipynb #c0046
@@ -170,7 +176,8 @@ class Learner:
         folder=None, # checkpoints, metrics.jsonl and loss.png go here; None: nothing is written
         seed:int=0, # of everything random while training
         mixed_precision:str=None, # 'no', 'bf16', 'fp16'; None: what `accelerate launch` says, else 'no'
-        eval_every:int=200, eval_batches:int=20, # steps between evaluations and batches in each; 0: none; batches None: all
+        # steps between evaluations and batches in each; 0: none; batches None: all
+        eval_every:int=200, eval_batches:int=20,
         checkpoint_every:int=500, keep:int=2, # steps between checkpoints, and how many to keep
         log_every:int=10, # steps per record
         progress:bool=True, # show the bar
@@ -199,7 +206,8 @@ def _reset(self:Learner):
 @patch
 def add_cb(self:Learner, cb:Callback)->Learner:
     "Add a callback. `TypeError` for anything else."
-    if not isinstance(cb, Callback): raise TypeError(f'a callback is an instance of a Callback class; got {cb!r}')
+    if not isinstance(cb, Callback):
+        raise TypeError(f'a callback is an instance of a Callback class; got {cb!r}')
     cb.learn = self
     self.cbs = sorted(self.cbs + [cb], key=lambda c: c.order)
     return self
@@ -238,7 +246,8 @@ def say(self:Learner, text:str):
 def _accelerator(mixed_precision, log_with=None):
     "An Accelerator of this precision, also where an earlier one of this process had another"
     want = mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != want: AcceleratorState._reset_state()
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != want:
+        AcceleratorState._reset_state()
     return Accelerator(mixed_precision=want, log_with=log_with)
 
 # %% ../nbs/05_learner.ipynb #c0057
@@ -263,7 +272,8 @@ def prepare(self:Learner)->Learner:
     self.cb('before_prepare')
     self.model.to(acc.device) # what a callback added
     self.net, self.opt = acc.prepare(self.model, self._make_opt())
-    acc.unwrap_model(self.net, keep_fp32_wrapper=False) # autocast is ours, so that model.forward stays untouched
+    # autocast is ours, so that model.forward stays untouched
+    acc.unwrap_model(self.net, keep_fp32_wrapper=False)
     if self.log_with: acc.init_trackers('resnet_bk')
     if acc.num_processes > 1: atexit.register(_leave, weakref.ref(self))
     return self
@@ -301,12 +311,15 @@ def share(self:Learner)->int: # 1: every batch of `data.train` is for this proce
 def _set_budget(self:Learner, steps=None, epochs=None, minutes=None):
     "Keep the one budget that was given. `ValueError` for none, two, or one that is not positive."
     given = {k:v for k,v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
-    if len(given) != 1: raise ValueError(f'fit wants exactly one of steps, epochs or minutes; got {given or "none"}')
+    if len(given) != 1:
+        raise ValueError(f'fit wants exactly one of steps, epochs or minutes; got {given or "none"}')
     (unit, n), = given.items()
     if not n > 0: raise ValueError(f'fit wants a positive number of {unit}; got {n}')
     self.budget = given
     self.steps_per_epoch = max(1, len(self.data.train)//(self.accumulate*self.share))
-    self.total_steps = None if unit == 'minutes' else max(1, round(n if unit == 'steps' else n*self.steps_per_epoch))
+    self.total_steps = (
+        None if unit == 'minutes' else max(1, round(n if unit == 'steps' else n * self.steps_per_epoch))
+    )
 
 # %% ../nbs/05_learner.ipynb #c0066
 @patch(as_prop=True)
@@ -335,7 +348,8 @@ def _one_batch(self:Learner, last:bool):
         self.cb('before_batch')
         with self.accelerator.autocast():
             self.preds = self.net(self.x); self.cb('after_pred')
-            self.loss = self.loss_lm = self.loss_fn(self.preds, self.y); self.cb('after_loss')
+            self.loss = self.loss_lm = self.loss_fn(self.preds, self.y)
+            self.cb('after_loss')
         self.batches.append((self.x, self.y, self.loss.detach(), self.loss_lm.detach()))
         self.accelerator.backward(self.loss/self.accumulate)
         self.cb('after_backward')
@@ -397,7 +411,8 @@ def _tick(self:Learner):
     "Read the clock and the wish to stop. Several processes must agree on both, which costs a message, so they do it every `log_every` steps."
     now, stop = time.perf_counter() - self._t0, self._stop
     if self.world > 1:
-        if self.total_steps and self.step % self.log_every and not self.done: return # by the clock: every step
+        # by the clock: every step
+        if self.total_steps and self.step % self.log_every and not self.done: return
         t = torch.tensor([now/self.world, float(stop)], device=self.device)
         now, stop = self.accelerator.reduce(t, 'sum').tolist()
     self.elapsed, self.interrupted = now, bool(stop)
@@ -409,16 +424,19 @@ def _ctrl_c(learn):
     def handler(sig, frame):
         if learn._stop: raise KeyboardInterrupt
         learn._stop = True
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old = signal.signal(signal.SIGINT, handler)
-    try: yield
+    try:yield
     finally: signal.signal(signal.SIGINT, old)
 
 # %% ../nbs/05_learner.ipynb #c0079
 @patch
 def fit(self:Learner,
     steps:int=None, epochs:float=None, minutes:float=None, # the budget: exactly one of them
-    resume:bool=False, # go on from the newest whole checkpoint in `folder`, with its budget unless one is given
+    # go on from the newest whole checkpoint in `folder`, with its budget unless one is given
+    resume:bool=False,
 )->Learner: # itself
     """Train until the budget is used up. Every `fit` without `resume` is a new run from the present weights: step 0, a fresh optimiser, the text from its start.
     `ValueError` for an unclear budget or a folder that holds another run; `OSError` for a folder that cannot be written; Ctrl-C saves and returns with `interrupted` set."""
@@ -439,7 +457,8 @@ def fit(self:Learner,
 def _begin(self:Learner, steps, epochs, minutes, resume):
     "Everything between the call of `fit` and the first step"
     self._reset()
-    if self.loss_fn is lm_loss: getattr(self.model, 'check_next_token', lambda: None)()  # a bidirectional model would copy what it should predict
+    # a bidirectional model would copy what it should predict
+    if self.loss_fn is lm_loss: getattr(self.model, 'check_next_token', lambda: None)()
     self.prepare()
     if self.device.type == 'cpu': keep_memory()
     saved = self._resume() if resume else self._fresh()
@@ -459,7 +478,9 @@ def _fresh(self:Learner):
     "State of a new run"
     self._open_folder()
     if self.folder and any((self.folder/'checkpoints').glob('step-*')):
-        raise ValueError(f'{self.folder} already holds a run: fit(..., resume=True) goes on with it, or give another folder')
+        raise ValueError(
+            f'{self.folder} already holds a run: fit(..., resume=True) goes on with it, or give another folder'
+        )
     self.opt.optimizer.state.clear()
     self.data.train.load_state_dict({k: 0 if k in ('epoch', 'index') else v for k,v in self.data.train.state_dict().items()})
 
@@ -471,7 +492,10 @@ def _open_folder(self:Learner):
     try:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.folder) as f: f.write(b'x')
-    except OSError as e: raise OSError(f'cannot write to {self.folder} ({e.strerror}): give Learner a folder on a disk with room') from e
+    except OSError as e:
+        raise OSError(
+            f'cannot write to {self.folder} ({e.strerror}): give Learner a folder on a disk with room'
+        ) from e
 
 # %% ../nbs/05_learner.ipynb #c0095
 @patch
@@ -496,7 +520,10 @@ def evaluate(self:Learner, batches:int=None, # how many validation batches; None
             if i % self.world == rank: total += self._sums(x, y)
     self.model.train(mode)
     if self.world > 1: total = self.accelerator.reduce(total.to(self.device), 'sum').cpu()
-    if total[1] == 0: raise ValueError(f'the validation text of {self.data.name!r} has no full batch: smaller batches or more text')
+    if total[1] == 0:
+        raise ValueError(
+            f'the validation text of {self.data.name!r} has no full batch: smaller batches or more text'
+        )
     self.valid, self.valid_accuracy = self.data.report((total[0]/total[1]).item()), (total[2]/total[1]).item()
     self.paused += time.perf_counter() - start # tokens/s counts training only
     self.cb('after_eval')
@@ -511,7 +538,10 @@ class Evaluator(Callback):
         if not l.eval_every or (l.step % l.eval_every and not l.done): return
         l.evaluate(l.eval_batches)
         l.valid_step, l.best = l.step, min(l.best, l.valid['nats'])
-        l.log(accuracy=l.valid_accuracy, **{f'valid_{k}': v for k,v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
+        l.log(
+            accuracy=l.valid_accuracy,
+            **{f'valid_{k}': v for k, v in l.valid.items() if k in ('nats', 'ppl', 'bpb')},
+        )
 Learner.defaults.append(Evaluator)
 
 # %% ../nbs/05_learner.ipynb #c0103
@@ -554,7 +584,9 @@ def record(self:Recorder):
     if l.world > 1: w = l.accelerator.reduce(w, 'mean')
     (loss, lm, norm), var = w.mean(0).tolist(), w[:,2].var(correction=0).item()
     if self.window and not math.isfinite(loss):
-        raise FloatingPointError(f'the loss is {loss} at step {l.step} and the weights are no longer to be trusted: add NumericalStabilityMonitor() to cbs, it names the tensor and recovers')
+        raise FloatingPointError(
+            f'the loss is {loss} at step {l.step} and the weights are no longer to be trusted: add NumericalStabilityMonitor() to cbs, it names the tensor and recovers'
+        )
     known = {f.name for f in fields(TrainingMetrics)}
     extra = {k:_plain(v) for k,v in l.logged.items() if k not in known}
     m = TrainingMetrics(epoch=round(l.epoch, 4), step=l.step, loss_lm=lm, loss_total=loss, grad_norm=norm, grad_variance=var, learning_rate=l.lr_now,
@@ -583,7 +615,10 @@ def write(self:Recorder, m:TrainingMetrics):
     if not (self.path and l.is_main): return
     try:
         with self.path.open('a') as f: f.write(json.dumps(m.to_dict(), allow_nan=False) + '\n')
-    except OSError as e: raise OSError(f'step {m.step} could not be recorded in {self.path} ({e.strerror}): free some space, then fit(resume=True)') from e
+    except OSError as e:
+        raise OSError(
+            f'step {m.step} could not be recorded in {self.path} ({e.strerror}): free some space, then fit(resume=True)'
+        ) from e
 
 # %% ../nbs/05_learner.ipynb #c0119
 class Progress(Callback):
@@ -652,13 +687,15 @@ class LivePlot(Callback):
     def after_step(self):
         if IN_NOTEBOOK and self.learn.is_main and time.perf_counter()-self.last > self.every: self.draw()
     def after_fit(self):
-        if IN_NOTEBOOK and self.learn.is_main: self.draw(); self.handle = None
+        if IN_NOTEBOOK and self.learn.is_main:
+            self.draw()
+            self.handle = None
     def draw(self):
         if not self.learn.history: return
         import matplotlib.pyplot as plt
         from IPython.display import display
         fig = self.learn.loss_figure()
-        if self.handle is None: self.handle = display(fig, display_id=True)
+        if self.handle is None:self.handle = display(fig, display_id=True)
         else: self.handle.update(fig)
         plt.close(fig); self.last = time.perf_counter()
 
@@ -714,12 +751,15 @@ def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, num
             return {'$tensor': path}
         if isinstance(o, np.ndarray): return {'$array': o.tolist(), 'dtype': str(o.dtype)}
         if isinstance(o, np.generic): return o.item()
-        if isinstance(o, dict): return {'$dict': [[go(k, ''), go(v, f'{path}.{k}'.strip('.'))] for k,v in o.items()]}
+        if isinstance(o, dict):
+            return {'$dict': [[go(k, ''), go(v, f'{path}.{k}'.strip('.'))] for k, v in o.items()]}
         if isinstance(o, (list, tuple)):
             items = [go(v, f'{path}.{i}'.strip('.')) for i,v in enumerate(o)]
             return {'$tuple': items} if isinstance(o, tuple) else items
         if o is None or isinstance(o, (bool, int, float, str)): return o
-        raise TypeError(f'a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; {path or "it"} is a {type(o).__name__}')
+        raise TypeError(
+            f'a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; {path or "it"} is a {type(o).__name__}'
+        )
     return go(obj, ''), tensors
 
 # %% ../nbs/05_learner.ipynb #c0143
@@ -744,8 +784,11 @@ def rng_state()->dict: # what `set_rng_state` takes
 # %% ../nbs/05_learner.ipynb #c0148
 def set_rng_state(s:dict): # from `rng_state`
     "Put all random number generators back; those of GPUs only where the number of GPUs is the same"
-    random.setstate(s['python']); np.random.set_state(s['numpy']); torch.set_rng_state(s['torch'])
-    if s['cuda'] and torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
+    random.setstate(s['python'])
+    np.random.set_state(s['numpy'])
+    torch.set_rng_state(s['torch'])
+    if s['cuda'] and torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(s['cuda'])
 
 # %% ../nbs/05_learner.ipynb #c0151
 def _sha256(path):
@@ -806,12 +849,13 @@ def _steps(folder):
 def check_checkpoint(path, # one checkpoint folder
 )->str: # '' when it is whole, else what is wrong with it
     "Compare a checkpoint with its manifest: presence, length and sha256 of every file."
-    try: files = json.loads((Path(path)/'manifest.json').read_text())['files']
+    try:files = json.loads((Path(path)/'manifest.json').read_text())['files']
     except (OSError, ValueError, KeyError, TypeError): return 'manifest.json is missing or unreadable'
     for name, want in files.items():
         f = Path(path)/name
         if not f.is_file(): return f'{name} is missing'
-        if f.stat().st_size != want['bytes']: return f'{name} has {f.stat().st_size} bytes instead of {want["bytes"]}'
+        if f.stat().st_size != want['bytes']:
+            return f'{name} has {f.stat().st_size} bytes instead of {want["bytes"]}'
         if _sha256(f) != want['sha256']: return f'{name} was altered (sha256 differs)'
     return ''
 
@@ -834,9 +878,18 @@ def state(self:Learner)->dict: # nested; see `pack_state`
     "All that the next step depends on, besides the weights"
     mine = [dict(rng=rng_state(), data=copy.deepcopy(self.data.train.state_dict()))]
     scaler = self.accelerator.scaler
-    return dict(step=self.step, tokens=self.tokens, elapsed=self.elapsed, best=self.best, lr_scale=self.lr_scale, budget=self.budget,
-        ranks=gather_object(mine) if self.world > 1 else mine, opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else None,
-        cbs={type(c).__name__: c.state_dict() for c in self.cbs if hasattr(c, 'state_dict')})
+    return dict(
+        step=self.step,
+        tokens=self.tokens,
+        elapsed=self.elapsed,
+        best=self.best,
+        lr_scale=self.lr_scale,
+        budget=self.budget,
+        ranks=gather_object(mine) if self.world > 1 else mine,
+        opt=self.opt.state_dict(),
+        scaler=scaler.state_dict() if scaler else None,
+        cbs={type(c).__name__: c.state_dict() for c in self.cbs if hasattr(c, 'state_dict')},
+    )
 
 # %% ../nbs/05_learner.ipynb #c0168
 @patch
@@ -845,7 +898,7 @@ def save(self:Learner)->Path: # the checkpoint; None on other processes than the
     if not self.folder: raise ValueError('there is no folder to save in: Learner(..., folder=...)')
     start, (tree, tensors) = time.perf_counter(), pack_state(self.state())
     def write(tmp):
-        if hasattr(self.model, 'save_pretrained'): self.model.save_pretrained(tmp)
+        if hasattr(self.model, 'save_pretrained'):self.model.save_pretrained(tmp)
         else: save_model(self.model, str(tmp/'model.safetensors'))
         save_file(tensors, tmp/'state.safetensors')
         (tmp/'state.json').write_text(json.dumps(tree))
@@ -867,7 +920,10 @@ def load(self:Learner, path, # a checkpoint folder
     try:
         load_model(self.model, path/'model.safetensors')
         self.opt.load_state_dict(saved['opt'])
-    except (RuntimeError, ValueError) as e: raise ValueError(f'checkpoint {path.name} is of another model or optimiser: {" ".join(str(e).split())[:200]}') from e
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f'checkpoint {path.name} is of another model or optimiser: {" ".join(str(e).split())[:200]}'
+        ) from e
     for g,lr in zip(self.opt.param_groups, peaks): g['initial_lr'] = lr
     if saved['scaler'] and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(saved['scaler'])
     return saved
@@ -909,18 +965,28 @@ class Checkpointer(Callback):
 
     def after_step(self):
         l = self.learn
-        if l.folder and l.checkpoint_every and (l.step % l.checkpoint_every == 0 or l.done) and not l.skipped: self.save()
+        if l.folder and l.checkpoint_every and (l.step % l.checkpoint_every == 0 or l.done) and not l.skipped:
+            self.save()
 
     def after_fit(self):
         l = self.learn
         if l.error: return
         if l.folder and self.saved != l.step and not l._updating: self.save()
         if l.folder and l.history and l.is_main: self.plot()
-        if l.interrupted: l.say(f'interrupted at step {l.step}: ' + (f'saved in {l.folder}, go on with fit(resume=True)' if l.folder else 'no folder was given, nothing is saved'))
+        if l.interrupted:
+            l.say(
+                f'interrupted at step {l.step}: '
+                + (
+                    f'saved in {l.folder}, go on with fit(resume=True)'
+                    if l.folder
+                    else 'no folder was given, nothing is saved'
+                )
+            )
 
     def save(self):
         l = self.learn
-        if not all_finite(l.model): return l.say(f'step {l.step}: weights are not finite, no checkpoint written')
+        if not all_finite(l.model):
+            return l.say(f'step {l.step}: weights are not finite, no checkpoint written')
         l.save()
         self.saved = l.step
 
@@ -931,7 +997,11 @@ class Checkpointer(Callback):
 # %% ../nbs/05_learner.ipynb #c0174
 def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a parameter or buffer
     "Whether every number in the model is finite"
-    return bool(torch.stack([torch.isfinite(t).all() for t in model.state_dict().values()] or [torch.tensor(True)]).all())
+    return bool(
+        torch.stack(
+            [torch.isfinite(t).all() for t in model.state_dict().values()] or [torch.tensor(True)]
+        ).all()
+    )
 Learner.defaults.append(Checkpointer)
 
 # %% ../nbs/05_learner.ipynb #c0196
@@ -979,7 +1049,13 @@ class NumericalStabilityMonitor(Callback):
         self.nan_count = self.inf_count = self.large_grad_count = 0
         self.current_strategy = self.good = 0
         self.events, self.changed = [], {}
-        self.recovery_strategies = ['reduce_learning_rate', 'reduce_v_max', 'reduce_feature_clamp', 'adjust_grad_blend', 'reset_to_checkpoint']
+        self.recovery_strategies = [
+            'reduce_learning_rate',
+            'reduce_v_max',
+            'reduce_feature_clamp',
+            'adjust_grad_blend',
+            'reset_to_checkpoint',
+        ]
     def before_fit(self): self.model = self.model or self.learn.model
 
 # %% ../nbs/05_learner.ipynb #c0205
@@ -1007,7 +1083,11 @@ def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues
 @patch
 def _scale(self:NumericalStabilityMonitor, attr, rule):
     "Apply `rule` to the number or tensor `attr` of every module that has one"
-    hit = [(n, m, getattr(m, attr)) for n,m in self.model.named_modules() if isinstance(getattr(m, attr, None), (int, float, Tensor))]
+    hit = [
+        (n, m, getattr(m, attr))
+        for n, m in self.model.named_modules()
+        if isinstance(getattr(m, attr, None), (int, float, Tensor))
+    ]
     if not hit: return False, f'no module has a {attr}'
     mean = lambda: float(np.mean([torch.as_tensor(getattr(m, attr)).float().mean().item() for _,m,_ in hit]))
     was = mean()
@@ -1029,7 +1109,10 @@ def _set(self:NumericalStabilityMonitor, name, mod, attr, value):
 def _reduce_learning_rate(self:NumericalStabilityMonitor):
     if self.learn is None: return False, 'there is no learner whose learning rate to halve'
     self.learn.lr_scale *= 0.5
-    return True, f"learning rate halved, its peak is now {self.learn.opt.param_groups[0]['initial_lr']*self.learn.lr_scale:.3g}"
+    return (
+        True,
+        f"learning rate halved, its peak is now {self.learn.opt.param_groups[0]['initial_lr']*self.learn.lr_scale:.3g}",
+    )
 
 @patch
 def _reduce_v_max(self:NumericalStabilityMonitor): return self._scale('v_max', lambda v: 0.8*v)
@@ -1063,7 +1146,9 @@ def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wr
         self.events.append(text); say(text)
         return True
     over = f' (passed over: {", ".join(passed)})' if passed else ''
-    raise RuntimeError(f'{cause}; all recovery strategies are used up{over}. The bad steps were not applied: the weights are those of the last good one')
+    raise RuntimeError(
+        f'{cause}; all recovery strategies are used up{over}. The bad steps were not applied: the weights are those of the last good one'
+    )
 
 # %% ../nbs/05_learner.ipynb #c0216
 @patch
@@ -1092,18 +1177,34 @@ def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output
     x, _, loss, lm = next((b for b in l.batches if not torch.isfinite(b[2])), l.batches[-1])
     if not torch.isfinite(loss):
         with l.accelerator.autocast(): found = first_bad_module(self.model, x)
-        self.nan_count += found.startswith('NaN'); self.inf_count += found.startswith('Inf')
+        self.nan_count += found.startswith('NaN')
+        self.inf_count += found.startswith('Inf')
         aux = {k:v for k,v in l.logged.items() if k.startswith('loss') and isinstance(v, Tensor)}
         named = dict(logits=l.preds, loss_lm=lm) | aux | dict(loss=loss)
         return found or self.check_tensors(named.values(), named)[1][0]
     issues = [i for i in self.check_gradients()[1] if not i.startswith('large')]
-    return f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '') if issues else 'the gradient norm overflows'
+    return (
+        f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '')
+        if issues
+        else 'the gradient norm overflows'
+    )
 
 # %% ../nbs/05_learner.ipynb #c0218
 @patch
 def state_dict(self:NumericalStabilityMonitor)->dict:
     "Counters, and the bounds that were tightened"
-    return {k: getattr(self, k) for k in ('nan_count', 'inf_count', 'large_grad_count', 'current_strategy', 'good', 'events', 'changed')}
+    return {
+        k: getattr(self, k)
+        for k in (
+            'nan_count',
+            'inf_count',
+            'large_grad_count',
+            'current_strategy',
+            'good',
+            'events',
+            'changed',
+        )
+    }
 
 @patch
 def load_state_dict(self:NumericalStabilityMonitor, d:dict):

@@ -38,7 +38,8 @@ def gumbel_noise(x:Tensor)->Tensor: # of x's shape
     return -torch.empty_like(x).exponential_().log()
 
 # %% ../nbs/03_moe.ipynb #c0012
-ACTS = dict(gelu=(F.gelu, lambda g, h: torch.ops.aten.gelu_backward.grad_input(g, h, grad_input=g)),           # name -> (function, (gradient, input) -> gradient, in the place of the first)
+# name -> (function, (gradient, input) -> gradient, in the place of the first)
+ACTS = dict(gelu=(F.gelu, lambda g, h: torch.ops.aten.gelu_backward.grad_input(g, h, grad_input=g)),
             relu=(F.relu, lambda g, h: torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)))
 
 def dense_moe(
@@ -52,7 +53,8 @@ def dense_moe(
     **kw,                   # k, noise, bias, tau of `route`
 ):                          # (T, D), logits (T, E)
     "All experts computed, then masked: the reference, by autograd."
-    logits = F.linear(x, router); chosen, g, p = route(logits, router=kind, **kw)
+    logits = F.linear(x, router)
+    chosen, g, p = route(logits, router=kind, **kw)
     gate = torch.zeros_like(p).scatter(-1, chosen, g)
     if kind == 'gumbel' and st_all: gate = gate.detach() + p - p.detach()
     h = torch.einsum('td,edh->teh', x, w1) + (0 if b1 is None else b1)
@@ -70,7 +72,13 @@ def dispatch(
 
 # %% ../nbs/03_moe.ipynb #c0018
 def _one_kernel(x, w): # is F.grouped_mm there, and does it take these?
-    return hasattr(F, 'grouped_mm') and x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0) and all(n % 8 == 0 for n in (*x.shape[1:], *w.shape[1:]))
+    return (
+        hasattr(F, 'grouped_mm')
+        and x.is_cuda
+        and x.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and all(n % 8 == 0 for n in (*x.shape[1:], *w.shape[1:]))
+    )
 
 def _offsets(counts): return counts.cumsum(0, dtype=torch.int32)
 
@@ -99,13 +107,15 @@ def sparse_moe(
     **kw,                   # k, noise, bias, tau of `route`
 ):                          # (T, D), logits (T, E), counts (E,)
     "Each token computes only its experts; differentiated by autograd."
-    logits = F.linear(_f32(x), _f32(router)); chosen, g, _ = route(logits, router=kind, **kw)
+    logits = F.linear(_f32(x), _f32(router))
+    chosen, g, _ = route(logits, router=kind, **kw)
     order, token, counts = dispatch(chosen, len(router))
     a = ACTS[act][0](grouped_rows(x.index_select(0, token), w1, counts, b1))
     f = grouped_rows(a, w2, counts, b2)*g.flatten()[order][:,None].to(x.dtype)
     return torch.zeros_like(x).index_add(0, token, f), logits, counts
 
-def _f32(t): return t if t.dtype == torch.float64 else t.float()      # the router never works in half precision
+# the router never works in half precision
+def _f32(t): return t if t.dtype == torch.float64 else t.float()
 
 # %% ../nbs/03_moe.ipynb #c0025
 def router_grad(
@@ -122,12 +132,15 @@ def router_grad(
 # %% ../nbs/03_moe.ipynb #c0027
 def _slices(counts):
     s = 0
-    for e,n in enumerate(counts.tolist()): yield e, slice(s, s+n); s += n
+    for e, n in enumerate(counts.tolist()):
+        yield e, slice(s, s + n)
+        s += n
 
 def _rows(x, w, counts, bias=None): # `grouped_rows` without autograd, straight into its place
     if _one_kernel(x, w): return grouped_rows(x, w, counts, bias)
     y = x.new_empty(len(x), w.shape[-1])
-    for e,i in _slices(counts): torch.mm(x[i], w[e], out=y[i]) if bias is None else torch.addmm(bias[e], x[i], w[e], out=y[i])
+    for e, i in _slices(counts):
+        torch.mm(x[i], w[e], out=y[i]) if bias is None else torch.addmm(bias[e], x[i], w[e], out=y[i])
     return y
 
 def _outer(a, b, counts): # (M, K), (M, H) -> (E, K, H): sums of outer products, one per expert
@@ -141,13 +154,19 @@ def _sums(a, counts): # (M, K) -> (E, K)
 
 # %% ../nbs/03_moe.ipynb #c0029
 def _forward(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian):
-    logits = F.linear(_f32(x), _f32(router)); chosen, g, p = route(logits, k, kind, noise, bias, tau)
+    logits = F.linear(_f32(x), _f32(router))
+    chosen, g, p = route(logits, k, kind, noise, bias, tau)
     order, token, counts = dispatch(chosen, len(router))
     h = _rows(x.index_select(0, token), w1, counts, b1)
     a = h.relu_() if act == 'relu' else ACTS[act][0](h)               # relu needs only its output again
     f = _rows(a, w2, counts, b2).mul_(g.flatten()[order][:,None])
     if kind == 'softmax' and k > 1: p = torch.zeros_like(p).scatter_(-1, chosen, g)
-    return torch.zeros_like(x).index_add_(0, token, f), logits, counts, (x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts)
+    return (
+        torch.zeros_like(x).index_add_(0, token, f),
+        logits,
+        counts,
+        (x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts),
+    )
 
 def _backward(saved, gy, gs, tau, act, jacobian):
     x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts = saved
@@ -161,8 +180,14 @@ def _backward(saved, gy, gs, tau, act, jacobian):
     ds = router_grad(torch.empty_like(gg).index_copy_(0, order, gg).view_as(chosen), chosen, p, tau, jacobian)
     if gs is not None: ds = ds + gs                                   # what losses on the logits add
     gx = (ds @ _f32(router)).to(x.dtype).index_add_(0, token, _rows(u, w1.transpose(1, 2), counts))
-    return (gx, (ds.t() @ _f32(x)).to(router.dtype), _outer(x.index_select(0, token), u, counts), None if b1 is None else _sums(u, counts),
-            _outer(a, gt, counts), None if b2 is None else _sums(gt, counts))
+    return (
+        gx,
+        (ds.t() @ _f32(x)).to(router.dtype),
+        _outer(x.index_select(0, token), u, counts),
+        None if b1 is None else _sums(u, counts),
+        _outer(a, gt, counts),
+        None if b2 is None else _sums(gt, counts),
+    )
 
 # %% ../nbs/03_moe.ipynb #c0030
 class AnalyticMoEFunction(torch.autograd.Function):
@@ -171,7 +196,8 @@ class AnalyticMoEFunction(torch.autograd.Function):
     def forward(ctx, x, router, w1, b1, w2, b2, noise=None, bias=None, k=1, kind='softmax', act='gelu', tau=1., jacobian='full'):
         y, logits, counts, saved = _forward(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian)
         ctx.save_for_backward(*saved); ctx.rest = tau, act, jacobian
-        ctx.mark_non_differentiable(counts); ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
         return y, logits, counts
 
     @staticmethod
@@ -184,12 +210,29 @@ class AnalyticMoEFunction(torch.autograd.Function):
             return *_backward(saved, gy, gs, *ctx.rest), *(None,)*7
 
 # %% ../nbs/03_moe.ipynb #c0033
-CASES = dict(plain={}, one_token=dict(T=1), one_expert=dict(E=1), odd=dict(T=13, D=5, H=7, E=3), empty_experts=dict(closed=2), no_tokens=dict(T=0), wide=dict(T=40, E=9), no_bias=dict(bias=False))
+CASES = dict(
+    plain={},
+    one_token=dict(T=1),
+    one_expert=dict(E=1),
+    odd=dict(T=13, D=5, H=7, E=3),
+    empty_experts=dict(closed=2),
+    no_tokens=dict(T=0),
+    wide=dict(T=40, E=9),
+    no_bias=dict(bias=False),
+)
 
 def _case(T=12, D=6, H=8, E=4, closed=0, bias=True, seed=0):
     "Random float64 inputs; `closed` experts that no token can choose."
-    gen = torch.Generator().manual_seed(seed); r = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
-    ts = [r(T, D), r(E, D), r(E, D, H)/D**.5, r(E, H) if bias else None, r(E, H, D)/H**.5, r(E, D) if bias else None]
+    gen = torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
+    ts = [
+        r(T, D),
+        r(E, D),
+        r(E, D, H) / D**0.5,
+        r(E, H) if bias else None,
+        r(E, H, D) / H**0.5,
+        r(E, D) if bias else None,
+    ]
     shut = torch.zeros(E, dtype=torch.float64); shut[E-closed:] = -9
     return [t if t is None else t.requires_grad_() for t in ts], -r(T, E).abs().add(.1).log(), shut, r(T, D)
 
@@ -199,8 +242,13 @@ def _fd_error(f, ts, grads, seed, eps=1e-6):
     with torch.no_grad():
         for t,g in zip(ts, grads):
             if not t.numel(): continue
-            d = torch.randn(t.shape, generator=gen, dtype=t.dtype); old = t.clone()
-            t.add_(eps*d); up = f().item(); t.copy_(old - eps*d); down = f().item(); t.copy_(old)
+            d = torch.randn(t.shape, generator=gen, dtype=t.dtype)
+            old = t.clone()
+            t.add_(eps * d)
+            up = f().item()
+            t.copy_(old - eps * d)
+            down = f().item()
+            t.copy_(old)
             worst = max(worst, abs((up-down)/(2*eps) - (g*d).sum().item())/max(1., g.norm().item()))
     return worst
 
@@ -259,12 +307,14 @@ class SparseMoE(nn.Module):
         self.b1, self.b2 = (nn.Parameter(torch.zeros(E, H)), nn.Parameter(torch.zeros(E, D))) if bias else (None, None)
         for b in (self.b1, self.b2):
             if b is not None: b._no_weight_decay = True
-        self.register_buffer('balance', torch.zeros(E))               # added to the probabilities for the choice; moved by `move_bias`
+        # added to the probabilities for the choice; moved by `move_bias`
+        self.register_buffer('balance', torch.zeros(E))
         self.logits = self.counts = None
 
     def forward(self, x:Tensor)->Tensor: # (..., D) -> the same
         if x.shape[-1] != self.d_model: raise ValueError(f'want (..., {self.d_model}); got {tuple(x.shape)}')
-        dev = x.device.type; dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
+        dev = x.device.type
+        dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
         with torch.autocast(dev, enabled=False):
             ws = [self.router.weight, *(None if w is None else w.to(dt) for w in (self.w1, self.b1, self.w2, self.b2))]
             noise = gumbel_noise(_f32(x.new_empty(x[...,0].numel(), self.num_experts))) if self.training and self.kind == 'gumbel' else None
@@ -273,7 +323,8 @@ class SparseMoE(nn.Module):
         return y.view(x.shape)
 
     def _mix(self, x, ws, noise): return sparse_moe(x, *ws, self.act, self.kind, k=self.top_k, noise=noise, bias=self.balance, tau=self.tau)
-    def __getstate__(self): return dict(self.__dict__, logits=None)   # a graph can be neither copied nor pickled
+    # a graph can be neither copied nor pickled
+    def __getstate__(self): return dict(self.__dict__, logits=None)
     def extra_repr(self): return f'{self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, router={self.kind!r}'
 
 # %% ../nbs/03_moe.ipynb #c0041
@@ -281,7 +332,8 @@ class AnalyticMoELayer(SparseMoE):
     "`SparseMoE` with the backward pass written by hand. `jacobian='diagonal'` is the seeds' approximation of the router's gradient."
     def __init__(self, d_model:int, num_experts:int=4, top_k:int=1, jacobian:str='full', **kw):
         if jacobian not in ('full', 'diagonal'): raise ValueError(f"jacobian must be 'full' or 'diagonal'; got {jacobian!r}")
-        super().__init__(d_model, num_experts, top_k, **kw); self.jacobian, self.saved = jacobian, None
+        super().__init__(d_model, num_experts, top_k, **kw)
+        self.jacobian, self.saved = jacobian, None
 
     def _mix(self, x, ws, noise):
         args = (x, *ws, noise, self.balance, self.top_k, self.kind, self.act, self.tau, self.jacobian)
@@ -362,8 +414,20 @@ def plot_usage(
     import matplotlib.pyplot as plt
     a = torch.stack([torch.as_tensor(t) for t in usage.values()]).numpy()
     ax = ax or plt.subplots(figsize=(1.5 + .5*a.shape[1], 1 + .35*len(a)))[1]
-    ax.imshow(a, cmap='magma', vmin=0, aspect='auto'); ax.set(xticks=range(a.shape[1]), yticks=range(len(a)), yticklabels=list(usage), xlabel='expert', title=title)
-    for (i,j),v in ((at, a[at].item()) for at in product(*map(range, a.shape))): ax.text(j, i, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='k' if v > .6*a.max() else 'w')
+    ax.imshow(a, cmap='magma', vmin=0, aspect='auto')
+    ax.set(
+        xticks=range(a.shape[1]), yticks=range(len(a)), yticklabels=list(usage), xlabel='expert', title=title
+    )
+    for (i, j), v in ((at, a[at].item()) for at in product(*map(range, a.shape))):
+        ax.text(
+            j,
+            i,
+            f'{100*v:.0f}',
+            ha='center',
+            va='center',
+            fontsize=7,
+            color='k' if v > 0.6 * a.max() else 'w',
+        )
     return ax
 
 # %% ../nbs/03_moe.ipynb #c0070
