@@ -6,7 +6,7 @@
 __all__ = ['CPP_COMPLEX', 'CPP_LANES', 'Cpp', 'extra_flags', 'find_compiler', 'cache_folder', 'BuildError', 'CppLibrary', 'ready',
            'check_tensor', 'Call', 'unwatched', 'register_kernel', 'find_kernel', 'keep_memory', 'time_together']
 
-# %% ../nbs/00b_native.ipynb #cbebbbc8
+# %% ../nbs/00b_native.ipynb #c4583803
 import atexit, ctypes, hashlib, json, os, platform, re, shlex, shutil, stat, subprocess, sys
 import tempfile, threading, time, warnings
 from functools import lru_cache
@@ -18,13 +18,18 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm.auto import tqdm
 
-# %% ../nbs/00b_native.ipynb #5392556a
+# %% ../nbs/00b_native.ipynb #af9aa843
 class Cpp(str):
-    "C++ source. `+` joins pieces; a notebook and the site show it highlighted."
-    def __add__(self, other): return Cpp(str.__add__(self, other))
-    def _repr_markdown_(self): return f'```cpp\n{self.strip()}\n```'
+    "C++ source. `+` joins pieces; a notebook and the site show the last piece highlighted."
+    def __new__(cls, text, last=None):
+        self = super().__new__(cls, text)
+        self.last = text if last is None else last
+        return self
+    def __add__(self, other): return Cpp(str.__add__(self, other), other)
+    def __repr__(self): return f'<C++, {len(self.splitlines())} lines>'
+    def _repr_markdown_(self): return f'```cpp\n{self.last.strip()}\n```'
 
-# %% ../nbs/00b_native.ipynb #b63eddcd
+# %% ../nbs/00b_native.ipynb #c6fd1ad6
 _FLAGS = ['-O3', '-std=c++17', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
           '-ffp-contract=fast']
 _NATIVE = '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native'
@@ -44,7 +49,7 @@ def find_compiler()->str: # a command, or None
     given = os.environ.get('CXX')
     return next((c for c in ([given] if given else ['c++', 'g++', 'clang++']) if _version(c)), None)
 
-# %% ../nbs/00b_native.ipynb #23f71a0d
+# %% ../nbs/00b_native.ipynb #cce62052
 @lru_cache
 def _cpu_key():
     "What decides which instructions this CPU runs."
@@ -62,7 +67,7 @@ def _usable(cxx, folder)->list: # flags
     "The flags this compiler takes. Apple's Clang has no OpenMP: its kernels use one thread."
     return [*_FLAGS, *(f for f in ('-fopenmp', _NATIVE) if _compiles(cxx, [f], folder)), *extra_flags()]
 
-# %% ../nbs/00b_native.ipynb #bf8c6d9a
+# %% ../nbs/00b_native.ipynb #9806d001
 def _others_may_write(folder)->str: # why, or ''
     "Whether someone else could put a file here, by owner and mode of the folder and of those above it."
     if os.name == 'nt': return ''
@@ -83,7 +88,7 @@ def _own_folder(why)->Path:
                       'Set TORCH_EXTENSIONS_DIR to a folder of yours.')
     return _temporary[os.getpid()]
 
-# %% ../nbs/00b_native.ipynb #1c05f7d7
+# %% ../nbs/00b_native.ipynb #2352fa5e
 def cache_folder()->Path:
     "Where libraries are kept: `$TORCH_EXTENSIONS_DIR`, else in `$XDG_CACHE_HOME` or `~/.cache`."
     if os.getpid() in _temporary: return _temporary[os.getpid()]
@@ -99,7 +104,7 @@ def cache_folder()->Path:
     except OSError as e: why = f'{folder}: {e.strerror}'
     return _own_folder(why) if why else folder
 
-# %% ../nbs/00b_native.ipynb #a0eaac69
+# %% ../nbs/00b_native.ipynb #a151f3dd
 _BUILDER = r'''
 import inspect, json, os, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +146,7 @@ typedef float V __attribute__((vector_size(16))); typedef int32_t U __attribute_
 V f(U u, V v) { return v < 0 ? __builtin_convertvector(u, V) : v; }
 '''
 
-# %% ../nbs/00b_native.ipynb #b1ea5883
+# %% ../nbs/00b_native.ipynb #ec149182
 def _run_builder(jobs, env, folder, quiet=False):
     "Compile `jobs` (arguments of `load_inline`) side by side in a child process; a bar on standard error."
     spec = Path(folder)/'jobs.json'
@@ -158,7 +163,7 @@ def _run_builder(jobs, env, folder, quiet=False):
         said.seek(0)
         return said.read()
 
-# %% ../nbs/00b_native.ipynb #23ce80a0
+# %% ../nbs/00b_native.ipynb #6ef0d361
 class CppLibrary:
     "Plain C++ compiled at the first `load`, kept in a cache, entered through `Call`."
     kind = 'CPU kernel'
@@ -193,7 +198,7 @@ class CppLibrary:
         if self._lib is ...: ready(self)
         return self._lib
 
-# %% ../nbs/00b_native.ipynb #d7e782f7
+# %% ../nbs/00b_native.ipynb #eafb9b61
 def _checksum(path): return path.with_suffix('.sha256')
 def _whole(path)->bool:
     "Whether the file is the one that was written."
@@ -213,7 +218,7 @@ def _open(lib):
         _build([lib])
         return ctypes.CDLL(str(lib.path))
 
-# %% ../nbs/00b_native.ipynb #01f89895
+# %% ../nbs/00b_native.ipynb #d30c5bdf
 def _build(libs, quiet=False):
     "Compile those of `libs` that are not there yet. Of several processes one compiles and the others wait."
     folder = cache_folder()
@@ -254,7 +259,7 @@ def ready(*libs, quiet=False)->bool: # whether all are there
             for l in todo: l._lib = None if l._lib is ... else l._lib
     return all(l._lib is not None for l in libs)
 
-# %% ../nbs/00b_native.ipynb #d0b0179d
+# %% ../nbs/00b_native.ipynb #811686ff
 def _is(t): return f'{t.dtype} {tuple(t.shape)} on {t.device}'.replace('torch.', '')
 
 def check_tensor(name:str, t, dtype=None, shape=None, device=None):
@@ -304,7 +309,7 @@ class Call:
         self.args += (at, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
         return self
 
-# %% ../nbs/00b_native.ipynb #4fa65ace
+# %% ../nbs/00b_native.ipynb #7d186996
 # what `guarded` in C++ answers
 _FAILED = {-1: (MemoryError, 'out of memory'), -2: (RuntimeError, 'an exception in native code')}
 
@@ -315,14 +320,14 @@ def _enter(self:Call, lib:CppLibrary, name:str)->int:
     return answer
 Call.enter = _enter
 
-# %% ../nbs/00b_native.ipynb #5431d25c
+# %% ../nbs/00b_native.ipynb #9a002468
 def unwatched(*tensors)->bool:
     "Whether native code may replace PyTorch operations now: nothing traces or transforms them."
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
                 or torch._C._len_torch_dispatch_stack()
                 or any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors))
 
-# %% ../nbs/00b_native.ipynb #40538f44
+# %% ../nbs/00b_native.ipynb #fcfeb035
 _KERNELS = {}   # (kind, device type) -> kernel
 def register_kernel(kind:str, device:str, kernel):
     "Offer `kernel` for a kind of work ('ops', 'layers', 'decode') on a device type; the last one counts."
@@ -340,7 +345,7 @@ def find_kernel(kind:str, device:str):
 # as torch.compiler.assume_constant_result does, without importing torch._dynamo
 find_kernel._dynamo_marked_constant = True
 
-# %% ../nbs/00b_native.ipynb #3b7ea418
+# %% ../nbs/00b_native.ipynb #5ab7d59d
 #| echo: false
 CPP_COMPLEX = Cpp(r'''
 #ifdef __CUDACC__
@@ -362,8 +367,9 @@ template <class V> struct Complex {                   // V: a number, or a SIMD 
   }
 };
 ''')
+CPP_COMPLEX
 
-# %% ../nbs/00b_native.ipynb #5f095edc
+# %% ../nbs/00b_native.ipynb #dc790996
 #| echo: false
 CPP_LANES = CPP_COMPLEX + r'''
 #include <algorithm>
@@ -397,8 +403,9 @@ static void fresh(void* p, size_t bytes, int threads) {
   for (I q = (I)a; q < (I)e; q += 4096) *(volatile char*)q = 0;
 }
 '''
+CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #9f09b0e4
+# %% ../nbs/00b_native.ipynb #8b0f1463
 #| echo: false
 CPP_LANES += r'''
 #if defined(__AVX512F__)
@@ -431,8 +438,9 @@ template <class V> struct Places {
 #define PICK(V, a, b, ...) __builtin_shuffle(a, b, (typename Places<V>::M){__VA_ARGS__})
 #endif
 '''
+CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #c3b0b00d
+# %% ../nbs/00b_native.ipynb #fa6201ef
 #| echo: false
 CPP_LANES += r'''
 template <int W> struct Shuffle;                      // interleaved (re, im, re, im, ...) <-> apart
@@ -453,8 +461,9 @@ SHUFFLE(16, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
         LIST(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
         LIST(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))
 '''
+CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #ffd688b4
+# %% ../nbs/00b_native.ipynb #11d9e087
 #| echo: false
 CPP_LANES += r'''
 // W complex numbers, real and imaginary parts apart
@@ -484,8 +493,9 @@ template <class A, class T> static inline void stc(T* p, Cx<A> z) {
   *(typename M::U*)(p + W) = Shuffle<W>::high(re, im);
 }
 '''
+CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #06b93f87
+# %% ../nbs/00b_native.ipynb #3bafdc97
 def keep_memory()->bool: # whether the C library took the advice
     "Let malloc keep what a training step frees instead of returning it to the system (glibc only)."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -493,7 +503,7 @@ def keep_memory()->bool: # whether the C library took the advice
     TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
     return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**26), mallopt(MMAP_THRESHOLD, 2**25)])
 
-# %% ../nbs/00b_native.ipynb #192b167b
+# %% ../nbs/00b_native.ipynb #0c9700e0
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds
