@@ -76,7 +76,7 @@ def _back_substitute(g, y, hop):
 
 # %% ../nbs/01_bk_core.ipynb #c0030
 def _scan_backward_ref(g, y, gy, gg, hop, shape):
-    "Adjoint sweep from `gy` and `gg`, the cotangents of y and g. Returns P (None without y) and Λ of every token."
+    "Adjoint sweep from `gy` and `gg`, the cotangents of y and g: P (None without y) and Λ of every token."
     B,N,C = shape
     P = L = g.new_zeros(B, C)
     Ps, Ls = [None]*N, [None]*N
@@ -180,7 +180,7 @@ def _lanes(t): # as kernels read it: channels neighbours in memory, nothing lazy
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 def _dense(t): return t if t is None else t.resolve_conj().resolve_neg().contiguous()
-def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is None else x
+def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is None else x.contiguous()
 def _cont(*ts): return [_lanes(t) for t in ts]
 
 # %% ../nbs/01_bk_core.ipynb #c0079
@@ -230,7 +230,7 @@ def scan_backward_op(g:Tensor, y:Tensor, gy:OptT, gg:OptT, hop:OptT, g0:OptT, y0
     bond, dg0, dy0 = _to_state(g, hop, g0, y0, L0, P0)
     if need[3] and bond is not None: dhop = torch.cat([bond[:,None], dhop], 1)
     outs = [_empty(g, x if k else None, real) for x,k in zip((dv, dw, du, dhop), need)]
-    return *outs, dE, deta, dg0, dy0
+    return *outs, dE, deta, dg0.contiguous(), dy0.contiguous()
 
 # %% ../nbs/01_bk_core.ipynb #58141a90
 @scan_backward_op.register_fake
@@ -443,7 +443,9 @@ def _inputs(v, u, z, absorb, hop, state=None):
     dt = torch.float64 if any(t.dtype == torch.float64 for _,t in given) else torch.float32
     v, u, w = (None if t is None else t.to(dt) for t in (v, u, absorb))
     hop = _hop(hop, x.shape, dt, x.device, state is not None)
-    return v, u, *_spectrum(z, x.shape[2], dt, x.device), w, hop, _state(state, x, dt.to_complex())
+    # torch.compile does not know dtype.to_complex()
+    state = _state(state, x, torch.complex128 if dt == torch.float64 else torch.complex64)
+    return v, u, *_spectrum(z, x.shape[2], dt, x.device), w, hop, state
 
 def _state(state, x, dt): # a tuple of (B, C) complex tensors, or None
     if state is None: return None
