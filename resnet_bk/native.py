@@ -304,7 +304,7 @@ class Call:
             self.args += (0, 0, 0, 0)
             return self
         at, parts = self._address(name, t, dtype, shape), 1 + t.is_complex()
-        if t.shape[-1] > 1 and t.stride(-1) != 1:
+        if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(f'{name}: want channels side by side; got strides {t.stride()} for {_is(t)}')
         self.args += (at, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
         return self
