@@ -333,17 +333,20 @@ def register_kernel(kind:str, device:str, kernel):
     "Offer `kernel` for a kind of work ('ops', 'layers', 'decode') on a device type; the last one counts."
     _KERNELS[kind, device] = kernel
 
+def _announced(kind, device): # imports the modules announced for it, once
+    if (kind, device) in _KERNELS: return
+    for e in entry_points(group='resnet_bk.kernels'):
+        if e.name != f'{kind}.{device}': continue
+        try: e.load()
+        except Exception as x: warnings.warn(f'resnet_bk: no kernels from {e.value} ({type(x).__name__}: {x})')
+    _KERNELS.setdefault((kind, device), None)
+# as torch.compiler.assume_constant_result does, without importing torch._dynamo
+_announced._dynamo_marked_constant = True
+
 def find_kernel(kind:str, device:str):
     "The kernel for a kind of work on a device type, or None. Imports the modules announced for it."
-    if (kind, device) not in _KERNELS:
-        for e in entry_points(group='resnet_bk.kernels'):
-            if e.name != f'{kind}.{device}': continue
-            try: e.load()
-            except Exception as x: warnings.warn(f'resnet_bk: no kernels from {e.value} ({type(x).__name__}: {x})')
-        _KERNELS.setdefault((kind, device), None)
+    _announced(kind, device)
     return _KERNELS[kind, device]
-# as torch.compiler.assume_constant_result does, without importing torch._dynamo
-find_kernel._dynamo_marked_constant = True
 
 # %% ../nbs/00b_native.ipynb #5ab7d59d
 #| echo: false
