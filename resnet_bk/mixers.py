@@ -122,7 +122,9 @@ def _hop_of(cut, state): # (B, N) cuts -> hopping (B, N-1, 1), or (B, N, 1) onto
     return (~(cut if state is not None else cut[:,1:]))[...,None].float()
 
 def _float(x): return x if x.dtype == torch.float64 else x.float()
-def _normed(norm, x): return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+def _normed(norm, y): # in the type of the norm's weight
+    w = getattr(norm, 'weight', None)
+    return norm(y if w is None else y.to(w.dtype))
 
 # %% ../nbs/02_mixers.ipynb #c0016
 class BKMixer(nn.Module):
@@ -190,7 +192,7 @@ def forward(self:BKMixer,
     y = resolvent_mix(v, u*self.scale, z, w, hop, self.causal, chain, return_state)
     if return_state: y, chain = y
     y = torch.view_as_real(y) if self.features == 2 else y.real[...,None]             # (B, N, C, features)
-    y = self.norm(y.flatten(-2)).unflatten(-1, y.shape[-2:])*F.silu(_float(gate))[...,None]
+    y = _normed(self.norm, y.flatten(-2)).unflatten(-1, y.shape[-2:])*F.silu(_float(gate))[...,None]
     y = self.out_proj(y.flatten(-2).to(h.dtype))
     return (y, (tail, chain)) if return_state else y
 
@@ -424,7 +426,7 @@ def _between(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     else:
         y = resolvent_attention(q, k, v, g.abs(), hop, S, return_state, self.chunk)
         if return_state: y, S = y
-    y = self.norm(y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
+    y = _normed(self.norm, y)*F.silu(_float(gate)).unflatten(-1, (H, D//H))
     return y.flatten(-2).to(h.dtype), tail, S
 
 # %% ../nbs/02_mixers.ipynb #c0068
