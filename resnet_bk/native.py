@@ -304,7 +304,7 @@ class Call:
             self.args += (0, 0, 0, 0)
             return self
         at, parts = self._address(name, t, dtype, shape), 1 + t.is_complex()
-        if t.shape[-1] > 1 and t.stride(-1) != 1:
+        if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(f'{name}: want channels side by side; got strides {t.stride()} for {_is(t)}')
         self.args += (at, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
         return self
@@ -333,17 +333,20 @@ def register_kernel(kind:str, device:str, kernel):
     "Offer `kernel` for a kind of work ('ops', 'layers', 'decode') on a device type; the last one counts."
     _KERNELS[kind, device] = kernel
 
+def _announced(kind, device): # imports the modules announced for it, once
+    if (kind, device) in _KERNELS: return
+    for e in entry_points(group='resnet_bk.kernels'):
+        if e.name != f'{kind}.{device}': continue
+        try: e.load()
+        except Exception as x: warnings.warn(f'resnet_bk: no kernels from {e.value} ({type(x).__name__}: {x})')
+    _KERNELS.setdefault((kind, device), None)
+# as torch.compiler.assume_constant_result does, without importing torch._dynamo
+_announced._dynamo_marked_constant = True
+
 def find_kernel(kind:str, device:str):
     "The kernel for a kind of work on a device type, or None. Imports the modules announced for it."
-    if (kind, device) not in _KERNELS:
-        for e in entry_points(group='resnet_bk.kernels'):
-            if e.name != f'{kind}.{device}': continue
-            try: e.load()
-            except Exception as x: warnings.warn(f'resnet_bk: no kernels from {e.value} ({type(x).__name__}: {x})')
-        _KERNELS.setdefault((kind, device), None)
+    _announced(kind, device)
     return _KERNELS[kind, device]
-# as torch.compiler.assume_constant_result does, without importing torch._dynamo
-find_kernel._dynamo_marked_constant = True
 
 # %% ../nbs/00b_native.ipynb #5ab7d59d
 #| echo: false
