@@ -469,7 +469,7 @@ def _state(state, x):
     B,N,C = x.shape
     for s in state:
         if s.shape != (B, C): raise ValueError(f'state must be {(B, C)} each; got {tuple(s.shape)}')
-    return tuple(s.to(x.dtype.to_complex()) for s in state)
+    return tuple(s.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64) for s in state)
 
 def _direct(*ts): # without the dispatcher, which costs 0.1 ms
     return unwatched(*ts) and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ts))
