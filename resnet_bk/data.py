@@ -20,20 +20,24 @@ from tqdm.auto import tqdm
 # %% ../nbs/00_data.ipynb #c0009
 @dataclass
 class Corpus:
-    "A text as bytes, cut into a part to train on and a part to validate on; `sources` holds (file, where it begins in train+valid)."
+    """A text as bytes, cut into a part to train on and a part to validate on.
+    `sources` holds (file, where it begins in train+valid)."""
     name:str      # what it is called in reports
     train:bytes   # the text to learn from
     valid:bytes   # the text to be judged by
     sources:list=field(default_factory=list, repr=False) # [(file, offset)], for error messages
 
-    def __repr__(self): return f'Corpus({self.name!r}, train {len(self.train):,} bytes, valid {len(self.valid):,} bytes)'
+    def __repr__(self):
+        return f'Corpus({self.name!r}, train {len(self.train):,} bytes, valid {len(self.valid):,} bytes)'
 
 # %% ../nbs/00_data.ipynb #c0012
 def split_bytes(raw:bytes,           # the whole text
                 valid_frac:float=0.1 # fraction kept, at the end, for validation
                )->tuple:             # (train, valid)
-    "Cut `raw` once, after `1-valid_frac` of its bytes, moved back if that would cut a UTF-8 character. `ValueError` unless 0 < `valid_frac` < 1."
-    if not 0 < valid_frac < 1: raise ValueError(f'valid_frac={valid_frac}: give a fraction between 0 and 1, such as 0.1')
+    """Cut `raw` once, after `1-valid_frac` of its bytes, or just before a UTF-8 character that begins there.
+    `ValueError` unless 0 < `valid_frac` < 1."""
+    if not 0 < valid_frac < 1:
+        raise ValueError(f'valid_frac={valid_frac}: give a fraction between 0 and 1, such as 0.1')
     cut = int(len(raw)*(1-valid_frac))
     # a UTF-8 character has at most three continuation bytes, 10xxxxxx
     for _ in range(3):
@@ -54,22 +58,8 @@ def text(self:Corpus,
                          "convert the file, or use tokenizer='bytes', which takes any bytes") from None
 
 # %% ../nbs/00_data.ipynb #c0019
-_not_prose = {
-    'test',
-    'tests',
-    'idle_test',
-    'site-packages',
-    'dist-packages',
-    '__pycache__',
-    'idlelib',
-    'lib2to3',
-    'encodings',
-    'pydoc_data',
-    'lib-dynload',
-    'ensurepip',
-    'turtledemo',
-    '__phello__',
-}
+_not_prose = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__', 'idlelib',
+              'lib2to3', 'encodings', 'pydoc_data', 'lib-dynload', 'ensurepip', 'turtledemo', '__phello__'}
 
 def _stdlib_files():
     "The standard library's own modules, in the order of a hash of their path."
@@ -83,7 +73,8 @@ def _stdlib_files():
 def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
                   max_bytes:int=4_000_000 # stop before the file that would pass this
                  )->Corpus:               # named after the running Python's version
-    "The source text of the running Python's standard library. `FileNotFoundError` if this Python was shipped without it."
+    """The source text of the running Python's standard library.
+    `FileNotFoundError` if this Python was shipped without it."""
     parts, sources, at = [], [], 0
     for f in _stdlib_files():
         raw = f.read_bytes()
@@ -91,14 +82,19 @@ def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
         parts.append(raw)
         sources.append((str(f), at))
         at += len(raw)
-    if not at: raise FileNotFoundError(f"no standard library source in {sysconfig.get_paths()['stdlib']}: give the path of a text file or folder instead")
-    return Corpus('stdlib-' + '.'.join(map(str, sys.version_info[:3])), *split_bytes(b''.join(parts), valid_frac), sources)
+    if not at:
+        raise FileNotFoundError(f"no standard library source in {sysconfig.get_paths()['stdlib']}: give the "
+                                "path of a text file or folder instead")
+    return Corpus('stdlib-' + '.'.join(map(str, sys.version_info[:3])),
+                  *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0023
 def _read_path(path, valid_frac):
     "A file, or every text file under a folder, as one corpus."
-    if path.is_file():files = [path]
-    else: files = sorted(f for f in path.rglob('*') if f.is_file() and not any(p[0] == '.' or p == '__pycache__' for p in f.relative_to(path).parts))
+    if path.is_file(): files = [path]
+    else:
+        files = sorted(f for f in path.rglob('*') if f.is_file()
+                       and not any(p[0] == '.' or p == '__pycache__' for p in f.relative_to(path).parts))
     parts, sources, at = [], [], 0
     for f in files:
         raw = f.read_bytes()
@@ -109,15 +105,16 @@ def _read_path(path, valid_frac):
         parts.append(raw)
         sources.append((str(f), at))
         at += len(raw)
-    if not at: raise ValueError(f'{path} ' + ('is empty' if path.is_file() else 'holds no text files') + ': there is nothing to learn from')
-    return Corpus(path.stem if path.is_file() else path.name, *split_bytes(b''.join(parts), valid_frac), sources)
+    if not at:
+        raise ValueError(f'{path} ' + ('is empty' if path.is_file() else 'holds no text files')
+                         + ': there is nothing to learn from')
+    return Corpus(path.stem if path.is_file() else path.name, *split_bytes(b''.join(parts), valid_frac),
+                  sources)
 
 # %% ../nbs/00_data.ipynb #c0025
-_short = {
-    'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1',
-    'wikitext-103': 'Salesforce/wikitext:wikitext-103-v1',
-    'tinyshakespeare': 'karpathy/tiny_shakespeare@refs/convert/parquet',
-}
+_short = {'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1',
+          'wikitext-103': 'Salesforce/wikitext:wikitext-103-v1',
+          'tinyshakespeare': 'karpathy/tiny_shakespeare@refs/convert/parquet'}
 _hub_name = re.compile(r'([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@(\S+))?')
 
 def _column(ds, repo, end='\n'):
@@ -125,9 +122,8 @@ def _column(ds, repo, end='\n'):
     cols = [c for c, f in ds.features.items() if getattr(f, 'dtype', '') in ('string', 'large_string')]
     low = {c.lower(): c for c in cols}
     if 'text' not in low and len(cols) != 1:
-        raise ValueError(
-            f"{repo} has no column 'text' but {list(ds.features)}: choose a dataset with one text column"
-        )
+        raise ValueError(f"{repo} has no column 'text' but {list(ds.features)}: choose a dataset with one "
+                         "text column")
     col = low.get('text') or cols[0]
     rows = (t or '' for b in ds.select_columns([col]).iter(10_000) for t in b[col])
     return ''.join(t if t.endswith(end) else t + end for t in rows).encode()
@@ -145,7 +141,8 @@ def _from_splits(dd, repo, name, valid_frac):
 
 # %% ../nbs/00_data.ipynb #c0031
 def _load_hub(name, valid_frac):
-    "A Hub dataset as a `Corpus`; fails fast, in one line, where the Hub cannot be reached and the dataset is not in the local cache."
+    """A Hub dataset as a `Corpus`.
+    Fails fast, in one line, if the Hub cannot be reached and the dataset is not in the local cache."""
     import datasets, huggingface_hub
     from huggingface_hub.utils import RepositoryNotFoundError
     repo, config, rev = _hub_name.fullmatch(_short.get(name, name)).groups()
@@ -153,46 +150,45 @@ def _load_hub(name, valid_frac):
     if name in _short: instead += f', or put {name}.txt into the folder that $RESNET_BK_DATA names'
     why, hub = None, huggingface_hub.constants
     try: huggingface_hub.HfApi().dataset_info(repo, timeout=5)
-    except RepositoryNotFoundError: raise FileNotFoundError(f'{name!r} is neither a path nor a dataset on the Hub: {instead}') from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f'{name!r} is neither a path nor a dataset on the Hub: {instead}') from None
     except Exception as e: why = type(e).__name__
     was = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
     if why: datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True    # so that nothing below retries
     try: dd = datasets.load_dataset(repo, config, revision=rev)
     except Exception as e:
-        if why: raise ConnectionError(f'{name!r} is no path here and the Hugging Face Hub cannot be reached ({why}): {instead}') from None
-        raise ValueError(f'cannot load {name!r} from the Hub: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from None
+        if why:
+            raise ConnectionError(f'{name!r} is no path here and the Hugging Face Hub cannot be reached '
+                                  f'({why}): {instead}') from None
+        raise ValueError(f'cannot load {name!r} from the Hub: '
+                         f'{str(e).splitlines()[0] if str(e) else type(e).__name__}') from None
     finally: datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = was
     return _from_splits(dd, repo, name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0033
-def load_corpus(name='stdlib',        # 'stdlib', a path, 'wikitext-2', 'wikitext-103', 'tinyshakespeare' or a Hub dataset 'owner/name[:config][@revision]'
-                valid_frac:float=0.1  # fraction kept for validation where the text has no split of its own
-               )->Corpus:             # the text
-    """Find a text by name. `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths, then the Hub.
-    `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network, `ValueError` for an empty one."""
+def load_corpus(name='stdlib',       # 'stdlib', a path, a short name or 'owner/name[:config][@revision]'
+                valid_frac:float=0.1 # fraction kept for validation where the text has no split of its own
+               )->Corpus:            # the text
+    """Find a text by name: `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths,
+    then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'.
+    `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network,
+    `ValueError` for an empty one."""
     name = str(name)
     if name == 'stdlib': return stdlib_corpus(valid_frac)
     home, path = os.environ.get('RESNET_BK_DATA'), Path(name).expanduser()
-    near = (
-        [Path(home).expanduser() / (name + ext) for ext in ('.txt', '')]
-        if home and not path.is_absolute()
-        else []
-    )
-    for p in near + [path]:
+    near = [Path(home).expanduser()/(name + ext) for ext in ('.txt', '')] if home else []
+    for p in [path] if path.is_absolute() else near + [path]:
         if p.exists(): return _read_path(p, valid_frac)
-    if (
-        not _hub_name.fullmatch(name)
-        or name[0] == '.'
-        or path.suffix in ('.txt', '.md', '.py', '.text', '.tokens')
-    ):
-        raise FileNotFoundError(
-            f"no file or folder {name}: give 'stdlib', the path of a text file or folder, or a Hub dataset such as 'wikitext-2'"
-        )
+    looks_local = name[0] == '.' or path.suffix in ('.txt', '.md', '.py', '.text', '.tokens')
+    if looks_local or not _hub_name.fullmatch(name):
+        raise FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or "
+                                "folder, or a Hub dataset such as 'wikitext-2'")
     return _load_hub(name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0044
 class Tokenizer:
-    "Text to token ids and back. A subclass gives `name`, `vocab_size`, `lossless`, `encode`, `decode` and `to_json`."
+    """Text to token ids and back.
+    A subclass gives `name`, `vocab_size`, `lossless`, `encode`, `decode` and `to_json`."""
     name, vocab_size, lossless = 'base', 0, True
     def encode(self, text)->np.ndarray: raise NotImplementedError
     def decode(self, ids)->str: raise NotImplementedError
@@ -205,7 +201,8 @@ class Tokenizer:
         "Ids of any kind (list, array, tensor) as a flat array, checked against the vocabulary."
         ids = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids, dtype=np.int64).reshape(-1)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise ValueError(f'token ids from {ids.min()} to {ids.max()}: {self!r} takes 0 to {self.vocab_size-1}')
+            raise ValueError(f'token ids from {ids.min()} to {ids.max()}: '
+                             f'{self!r} takes 0 to {self.vocab_size-1}')
         return ids
 
 # %% ../nbs/00_data.ipynb #c0048
@@ -270,28 +267,32 @@ def _train_bpe(text, vocab_size):
         raise ValueError(f'vocab_size={vocab_size}: byte-level BPE needs at least the 256 bytes')
     tok, level = Tok(models.BPE()), pre_tokenizers.ByteLevel
     tok.pre_tokenizer, tok.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, initial_alphabet=sorted(level.alphabet()), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2,
+                                  initial_alphabet=sorted(level.alphabet()), show_progress=False)
     tok.train_from_iterator(text.splitlines(keepends=True), trainer)
     return BPETokenizer(tok)
 
 # %% ../nbs/00_data.ipynb #c0060
 def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
                   text=None,           # training text, `bytes` (UTF-8) or `str`; not needed for 'bytes'
-                  # None: 256 bytes, all characters, 30 000 words, 4096 byte pairs; otherwise at most this many
-                  vocab_size:int=None
+                  vocab_size:int=None  # at most; None: all bytes or characters, 30 000 words, 4096 pairs
                  )->Tokenizer:         # built from `text` and nothing else
-    "Build a tokeniser. `ValueError` for an unknown `kind`, a missing or empty `text`, or a `vocab_size` that the kind cannot have."
+    """Build a tokeniser.
+    `ValueError` for an unknown `kind`, a missing or empty `text`, or a `vocab_size` the kind cannot have."""
     if kind == 'bytes':
-        if vocab_size not in (None, 256): raise ValueError(f"vocab_size={vocab_size}: tokenizer 'bytes' always has 256")
+        if vocab_size not in (None, 256):
+            raise ValueError(f"vocab_size={vocab_size}: tokenizer 'bytes' always has 256")
         return ByteTokenizer()
-    if kind not in ('chars', 'words', 'bpe'): raise ValueError(f"unknown tokenizer {kind!r}: choose 'bytes', 'chars', 'words' or 'bpe'")
-    if not text: raise ValueError(f"tokenizer {kind!r} is built from text: give text= with at least one character")
-    if vocab_size is not None and vocab_size < 2: raise ValueError(f'vocab_size={vocab_size}: give at least 2, <unk> and one more')
+    if kind not in ('chars', 'words', 'bpe'):
+        raise ValueError(f"unknown tokenizer {kind!r}: choose 'bytes', 'chars', 'words' or 'bpe'")
+    if not text:
+        raise ValueError(f"tokenizer {kind!r} is built from text: give text= with at least one character")
+    if vocab_size is not None and vocab_size < 2:
+        raise ValueError(f'vocab_size={vocab_size}: give at least 2, <unk> and one more')
     if not isinstance(text, str): text = Corpus('text', text, b'').text()
     if kind == 'bpe': return _train_bpe(text, vocab_size or 4096)
-    if kind == 'chars': return CharTokenizer(sorted(c for c, _ in Counter(text).most_common(vocab_size and vocab_size - 1)))
+    if kind == 'chars':
+        return CharTokenizer(sorted(c for c, _ in Counter(text).most_common(vocab_size and vocab_size - 1)))
     counts = Counter(text.split())
     counts.pop('<unk>', None)  # WikiText marks its own unknown words: the same id 0
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
@@ -310,10 +311,12 @@ def save(self:Tokenizer,
 # %% ../nbs/00_data.ipynb #c0067
 def load_tokenizer(folder     # the folder a tokeniser was saved in, or the file itself
                   )->Tokenizer:
-    "Read what `Tokenizer.save` wrote, or any `tokenizer.json` of the `tokenizers` library. `FileNotFoundError` if there is none."
+    """Read what `Tokenizer.save` wrote, or any `tokenizer.json` of the `tokenizers` library.
+    `FileNotFoundError` if there is none."""
     file = Path(folder)
     if file.is_dir() or not file.suffix: file = file/'tokenizer.json'
-    if not file.is_file(): raise FileNotFoundError(f'no tokenizer.json at {file}: give the folder that Tokenizer.save wrote to')
+    if not file.is_file():
+        raise FileNotFoundError(f'no tokenizer.json at {file}: give the folder that Tokenizer.save wrote to')
     text = file.read_text(encoding='utf-8')
     spec = json.loads(text)
     kind = spec.get('kind') or ('bpe' if 'model' in spec else None)
@@ -354,13 +357,8 @@ class Floors:
         "Both floors in nats per token, perplexity and bits per byte."
         rows = [f'| {k:7} | {v:11.3f} | {math.exp(v):10.2f} | {bits_per_byte(v, self.bytes_per_token):9.3f} |'
                 for k, v in (('unigram', self.unigram), ('bigram', self.bigram))]
-        return '\n'.join(
-            [
-                '| floor   | nats/token  | perplexity | bits/byte |',
-                '| ------- | ----------: | ---------: | --------: |',
-            ]
-            + rows
-        )
+        return '\n'.join(['| floor   | nats/token  | perplexity | bits/byte |',
+                          '| ------- | ----------: | ---------: | --------: |'] + rows)
     __repr__ = _repr_markdown_ = table
 
 # %% ../nbs/00_data.ipynb #c0082
@@ -369,7 +367,8 @@ def token_floors(train,                     # training token ids, 1-D
                  vocab_size:int,            # ids are below this
                  bytes_per_token:float=1.0  # of the validation text, for bits per byte
                 )->Floors:                  # nats per token over valid[1:], the tokens a model has to predict
-    "Count `train`, score `valid`: unigram (add 1/2) and bigram (absolute discounting, Ney, Essen and Kneser 1994). Memory grows with the pairs that occur, not with V²."
+    """Count `train`, score `valid`: unigram (add 1/2) and bigram (absolute discounting; Ney, Essen and Kneser
+    1994). Memory grows with the pairs that occur, not with V²."""
     V = vocab_size
     uni = np.bincount(train, minlength=V)
     p1 = (uni + .5)/(uni.sum() + .5*V)
@@ -389,8 +388,9 @@ def token_floors(train,                     # training token ids, 1-D
 # %% ../nbs/00_data.ipynb #c0088
 class Batches:
     """Batches (x, y) of `int64` tensors (B, N); y is x shifted by one.
-    `shuffle=True`: windows from a random offset in random order, new each epoch, full batches only (a smaller one only if there are too few windows for one).
-    `shuffle=False`: every window once, in order, the last batch may be smaller. `rank` of `world` processes sees its own share of the windows."""
+    `shuffle=True`: windows from a random offset in random order, new each epoch, full batches only (a smaller
+    one only if there are too few windows for one). `shuffle=False`: every window once, in order; the last
+    batch may be smaller. `rank` of `world` processes sees its own share of the windows."""
     def __init__(self,
                  tokens,            # 1-D array of token ids, memory-mapped or not
                  batch_size:int,    # B, sequences in a batch
@@ -404,23 +404,22 @@ class Batches:
         if not 0 <= rank < world:
             raise ValueError(f'rank={rank} of world={world}: rank runs from 0 to world-1')
         if len(tokens) <= context:
-            raise ValueError(
-                f'{len(tokens)} tokens do not fill one window: context={context} needs {context+1}'
-            )
+            raise ValueError(f'{len(tokens)} tokens do not fill one window: '
+                             f'context={context} needs {context+1}')
         store_attr()
         self.n_windows = max(1, (len(tokens) - context)//context) if shuffle else (len(tokens) - 1)//context
         self.share = self.n_windows//world if shuffle else len(range(rank, self.n_windows, world))
         if not self.share:
-            raise ValueError(
-                f'{self.n_windows} windows of {context} tokens do not go round {world} processes'
-            )
+            raise ValueError(f'{self.n_windows} windows of {context} tokens '
+                             f'do not go round {world} processes')
         self.epoch, self.index, self._order = 0, 0, (None, None)
 
     def __len__(self):
         return max(1, self.share // self.batch_size) if self.shuffle else -(-self.share // self.batch_size)
 
     def __repr__(self):
-        return f'Batches({len(self)} of {self.batch_size}x{self.context}, epoch {self.epoch}, index {self.index})'
+        size = f'{len(self)} of {self.batch_size}x{self.context}'
+        return f'Batches({size}, epoch {self.epoch}, index {self.index})'
 
 # %% ../nbs/00_data.ipynb #c0091
 @patch
@@ -451,7 +450,7 @@ def batch(self:Batches,
 # %% ../nbs/00_data.ipynb #c0095
 @patch
 def __iter__(self:Batches):
-    "One epoch: the rest of the current one (`shuffle=True`), or all windows from the first (`shuffle=False`)."
+    "One epoch: the rest of the current one, or without `shuffle` all windows from the first."
     if not self.shuffle:
         for i in range(len(self)): yield self.batch(0, i)
         return
@@ -461,7 +460,8 @@ def __iter__(self:Batches):
 @patch
 def _next(self:Batches):
     at = self.epoch, self.index
-    self.epoch, self.index = (self.epoch, self.index + 1) if self.index + 1 < len(self) else (self.epoch + 1, 0)
+    self.index += 1
+    if self.index >= len(self): self.epoch, self.index = self.epoch + 1, 0
     return self.batch(*at)
 
 # %% ../nbs/00_data.ipynb #c0096
@@ -477,9 +477,13 @@ def state_dict(self:Batches)->dict: # {epoch, index, seed}
 
 @patch
 def load_state_dict(self:Batches, state:dict):
-    "Go on from a saved position. `ValueError` if an epoch has no such batch (saved with another batch size, context or text)."
-    if not 0 <= state['index'] < len(self): raise ValueError(f"saved at batch {state['index']}, but an epoch has {len(self)}: use the batch size, context and text it was saved with")
-    self.epoch, self.index, self.seed, self._order = state['epoch'], state['index'], state['seed'], (None, None)
+    """Go on from a saved position.
+    `ValueError` if an epoch has no such batch (saved with another batch size, context or text)."""
+    if not 0 <= state['index'] < len(self):
+        raise ValueError(f"saved at batch {state['index']}, but an epoch has {len(self)}: use the batch "
+                         "size, context and text it was saved with")
+    self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
+    self._order = None, None
 
 # %% ../nbs/00_data.ipynb #c0113
 def show_batch(x,              # (B, N) token ids
@@ -509,7 +513,7 @@ def show_batch(x,              # (B, N) token ids
 _format = 1 # part of every key: raise it when what is stored changes
 
 def _blocks(text, size=1<<23):
-    "Cut a long text after newlines, into pieces of about `size`; no tokeniser here joins tokens across a newline."
+    "Cut a long text after newlines, into pieces of about `size`; no token here crosses a newline."
     i, newline = 0, '\n' if isinstance(text, str) else b'\n'
     while i < len(text):
         j = text.find(newline, i + size) + 1 or len(text)
@@ -519,18 +523,16 @@ def _blocks(text, size=1<<23):
 def _encode_file(tok, text, file):
     "Encode `text` block by block into a .npy file of the smallest of uint16 and uint32; returns the array."
     dtype, blocks = (np.uint16 if tok.vocab_size <= 1<<16 else np.uint32), list(_blocks(text))
-    tokens = np.concatenate([np.zeros(0, dtype)] + [tok.encode(b).astype(dtype) for b in tqdm(blocks, 'encode', disable=len(blocks) < 3, leave=False)])
+    bar = tqdm(blocks, 'encode', disable=len(blocks) < 3, leave=False)
+    tokens = np.concatenate([np.zeros(0, dtype)] + [tok.encode(b).astype(dtype) for b in bar])
     np.save(file, tokens)
     return tokens
 
 # %% ../nbs/00_data.ipynb #c0119
 def _cache_key(corpus, tokenizer, vocab_size):
     h = hashlib.blake2b(digest_size=16)
-    spec = (
-        f'{tokenizer}:{vocab_size}'
-        if isinstance(tokenizer, str)
-        else f'{type(tokenizer).__name__}:{tokenizer.to_json()}'
-    )
+    spec = (f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str)
+            else f'{type(tokenizer).__name__}:{tokenizer.to_json()}')
     for part in (f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid):
         h.update(part)
     return h.hexdigest()
@@ -544,12 +546,12 @@ def _fill(folder, corpus, tokenizer, vocab_size):
     tokens = [_encode_file(tok, t, folder/f'{s}.npy') for t, s in zip(parts, ('train', 'valid'))]
     for t, s in zip(tokens, ('training', 'validation')):
         if len(t) < 2:
-            raise ValueError(
-                f'the {s} part of {corpus.name!r} has {len(t)} {tok.name} tokens: at least 2 are needed, give more text'
-            )
+            raise ValueError(f'the {s} part of {corpus.name!r} has {len(t)} {tok.name} tokens: at least 2 '
+                             'are needed, give more text')
     floors = token_floors(*tokens, tok.vocab_size, len(corpus.valid)/len(tokens[1]))
     tok.save(folder)
-    (folder/'meta.json').write_text(json.dumps(dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors))))
+    (folder/'meta.json').write_text(json.dumps(dict(corpus=corpus.name, tokenizer=tok.name,
+                                                    floors=vars(floors))))
 
 # %% ../nbs/00_data.ipynb #c0120
 def token_files(corpus:Corpus,       # the text
@@ -557,13 +559,16 @@ def token_files(corpus:Corpus,       # the text
                 vocab_size:int=None, # for a kind: see `get_tokenizer`
                 cache=None           # folder; None: `$RESNET_BK_CACHE`, or ~/.cache/resnet_bk
                )->Path:              # folder with tokenizer.json, train.npy, valid.npy and meta.json
-    "Tokenise once, reuse ever after. `ValueError` if a text tokeniser meets bytes that are not UTF-8 or a part has fewer than two tokens."
+    """Tokenise once, reuse ever after.
+    `ValueError` if a text tokeniser meets bytes that are not UTF-8 or a part has fewer than two tokens."""
     root = Path(cache or os.environ.get('RESNET_BK_CACHE') or '~/.cache/resnet_bk').expanduser()
     folder = root/_cache_key(corpus, tokenizer, vocab_size)
     if folder.exists(): return folder
     new = root/f'.new-{uuid.uuid4().hex}'                # a name of our own: no other process writes here
     try:new.mkdir(parents=True)
-    except OSError as e: raise OSError(f'cannot write token files to {root} ({e.strerror}): set RESNET_BK_CACHE to a folder that can be written') from None
+    except OSError as e:
+        raise OSError(f'cannot write token files to {root} ({e.strerror}): set RESNET_BK_CACHE to a folder '
+                      'that can be written') from None
     try:
         _fill(new, corpus, tokenizer, vocab_size)
         os.rename(new, folder)                           # atomic on one file system
@@ -575,7 +580,7 @@ def token_files(corpus:Corpus,       # the text
 
 # %% ../nbs/00_data.ipynb #c0126
 class LMData:
-    "Training and validation batches of one text under one tokeniser, with the floors and units to read a loss by."
+    "Training and validation batches of one text under one tokeniser, with what to read a loss by."
     def __init__(self,
                  tokenizer:Tokenizer, # what made the tokens
                  train_tokens,        # 1-D array of ids
@@ -585,40 +590,40 @@ class LMData:
                  batch_size:int=12, context:int=64, seed:int=0, rank:int=0, world:int=1): # see `Batches`
         for s, t in (('training', train_tokens), ('validation', valid_tokens)):
             if len(t) <= context:
-                raise ValueError(f'the {s} part of {name!r} has {len(t)} {tokenizer.name} tokens, one window of context={context} needs {context+1}: '
+                raise ValueError(f'the {s} part of {name!r} has {len(t)} {tokenizer.name} tokens, '
+                                 f'one window of context={context} needs {context+1}: '
                                  'give more text, a shorter context or another valid_frac')
         store_attr()
         self.train = Batches(train_tokens, batch_size, context, seed, rank=rank, world=world)
         self.valid = Batches(valid_tokens, batch_size, context, seed, shuffle=False)
 
     @property
-    def vocab_size(self):
-        return self.tokenizer.vocab_size
-
+    def vocab_size(self): return self.tokenizer.vocab_size
     @property
-    def bytes_per_token(self):
-        return self.floors.bytes_per_token
+    def bytes_per_token(self): return self.floors.bytes_per_token
 
     def __repr__(self):
-        return (f'LMData({self.name!r}, {self.tokenizer!r}, {len(self.train_tokens):,} + {len(self.valid_tokens):,} tokens, '
-                f'{len(self.train)} batches of {self.batch_size}x{self.context} an epoch, {self.bytes_per_token:.2f} bytes a token)')
+        return (f'LMData({self.name!r}, {self.tokenizer!r}, '
+                f'{len(self.train_tokens):,} + {len(self.valid_tokens):,} tokens, '
+                f'{len(self.train)} batches of {self.batch_size}x{self.context} an epoch, '
+                f'{self.bytes_per_token:.2f} bytes a token)')
 
 # %% ../nbs/00_data.ipynb #c0127
 @patch(cls_method=True)
 def from_corpus(cls:LMData,
                 corpus='stdlib',      # a `Corpus`, or a name for `load_corpus`
-                # a kind for `get_tokenizer`, built from the training part, or a `Tokenizer`
-                tokenizer='bytes',
+                tokenizer='bytes',    # a `Tokenizer`, or a kind for `get_tokenizer`, built from training text
                 vocab_size:int=None,  # for a kind: see `get_tokenizer`
                 batch_size:int=12,    # sequences in a batch
                 context:int=64,       # tokens in a sequence
                 seed:int=0,           # of the order of the training windows
-                valid_frac:float=0.1, # fraction kept for validation where the text has no split of its own
+                valid_frac:float=0.1, # fraction for validation where the text has no split of its own
                 cache=None,           # folder for token files, see `token_files`
                 rank:int=0,           # this process, of
                 world:int=1           # so many that share the training windows
                )->LMData:
-    "Text to batches in one call; tokens are cached. Raises what `load_corpus` and `get_tokenizer` raise, `ValueError` if a part is shorter than one window."
+    """Text to batches in one call; tokens are cached. Raises what `load_corpus` and `get_tokenizer` raise;
+    `ValueError` if a part is shorter than one window."""
     if not isinstance(corpus, Corpus): corpus = load_corpus(corpus, valid_frac)
     folder = token_files(corpus, tokenizer, vocab_size, cache)
     tok = load_tokenizer(folder) if isinstance(tokenizer, str) else tokenizer
@@ -632,26 +637,16 @@ def report(self:LMData,
            nats # validation cross entropy, nats per token
           )->dict: # nats, ppl (perplexity), bpb (bits per byte)
     "One loss in all three units."
-    return dict(
-        nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=bits_per_byte(nats, self.bytes_per_token)
-    )
+    return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)),
+                bpb=bits_per_byte(nats, self.bytes_per_token))
 
 @patch
 def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:
     "The same text and tokens in other batches."
     pick = lambda new, old: old if new is None else new
-    return LMData(
-        self.tokenizer,
-        self.train_tokens,
-        self.valid_tokens,
-        self.floors,
-        self.name,
-        pick(batch_size, self.batch_size),
-        pick(context, self.context),
-        pick(seed, self.seed),
-        self.rank,
-        self.world,
-    )
+    return LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
+                  pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),
+                  self.rank, self.world)
 
 # %% ../nbs/00_data.ipynb #c0141
 def mqar_batch(batch_size:int,   # B
@@ -659,10 +654,11 @@ def mqar_batch(batch_size:int,   # B
                n_keys:int=31,    # keys to choose from
                n_values:int=32,  # values to choose from
                generator=None    # torch.Generator
-              # (x, y), each (B, 3K+1) int64; y is the value at the K query positions and -100 elsewhere
-              )->tuple:
-    "Multi-query associative recall (Arora et al. 2023): k1 v1 … kK vK, separator, the keys again in random order. `ValueError` if there are too few keys."
-    if not 1 <= n_pairs <= n_keys: raise ValueError(f'n_pairs={n_pairs}: needs at least 1 and at most n_keys={n_keys}, as keys are distinct')
+              )->tuple:          # (x, y), each (B, 3K+1) int64; y: the value at the queries, -100 elsewhere
+    """Multi-query associative recall (Arora et al. 2023): k1 v1 … kK vK, separator, the keys again in random
+    order. `ValueError` if there are too few keys."""
+    if not 1 <= n_pairs <= n_keys:
+        raise ValueError(f'n_pairs={n_pairs}: needs at least 1 and at most n_keys={n_keys}, as keys differ')
     keys = torch.rand(batch_size, n_keys, generator=generator).argsort(1)[:, :n_pairs]
     values = torch.randint(n_keys, n_keys + n_values, (batch_size, n_pairs), generator=generator)
     order = torch.rand(batch_size, n_pairs, generator=generator).argsort(1)

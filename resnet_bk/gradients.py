@@ -22,48 +22,39 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from resnet_bk.bk_core import (
-    dense_resolvent,
-    diag_backward_op,
-    diag_op,
-    resolvent_diag,
-    scan_backward_op,
-    time_together,
-    _backend,
-    _diag,
-    _inputs,
-    _lanes,
-    _plain,
-)
+from .native import time_together, unwatched
+from .bk_core import (dense_resolvent, diag_backward_op, diag_op, resolvent_diag, scan_backward_op,
+                               _backend, _diag, _inputs, _lanes)
 from .learner import Learner
 
 # %% ../nbs/06_gradients.ipynb #c0008
 def theory_gradient(
-    G:Tensor, # (B, N, C) complex G_ii, or causal g_i
-    ct:Tensor, # (B, N, C) complex cotangent ∂L/∂Re G + i ∂L/∂Im G
-    mended:bool=False, # False: the seeds' formula as written; True: with the conjugate it lacks
-)->Tensor: # (B, N, C) real
-    "The seeds' theory, `-Re(ct·G²)`: the part of the gradient that stays on the same site. `mended=True`: `-Re(conj(ct)·G²)`, which is that part."
-    return -((ct.conj() if mended else ct)*G*G).real
+    G:Tensor,               # (B, N, C) complex G_ii, or causal g_i
+    ct:Tensor,              # (B, N, C) complex cotangent ∂L/∂Re G + i ∂L/∂Im G
+    corrected:bool=False,   # False: the formula of the design notes; True: with the conjugate it lacks
+)->Tensor:                  # (B, N, C) real
+    """The theory of the design notes, `-Re(ct·G²)`, meant as the part of the gradient that stays on its site.
+    `corrected=True`: `-Re(conj(ct)·G²)`, which is that part."""
+    return -((ct.conj() if corrected else ct)*G*G).real
 
 def hypothesis7_gradient(
-    G:Tensor, # (B, N, C) complex
-    ct:Tensor, # (B, N, C) complex cotangent
-    floor:float=1e-3, # |G²| below this counts as this (the seeds' guard); 0: none
-)->Tensor: # (B, N, C) real
-    "The seeds' Hypothesis-7, `-Re(ct/G²)`. The floor bounds it by `|ct|/floor`."
+    G:Tensor,         # (B, N, C) complex
+    ct:Tensor,        # (B, N, C) complex cotangent
+    floor:float=1e-3, # |G²| below this counts as this (a guard of the design notes); 0: none
+)->Tensor:            # (B, N, C) real
+    "Hypothesis-7 of the design notes, `-Re(ct/G²)`. The floor bounds it by `|ct|/floor`."
     G2 = G*G
     return -(ct*G2.sgn().conj()/G2.abs().clamp(min=floor)).real
 
 # %% ../nbs/06_gradients.ipynb #c0009
 def blended_gradient(
-    G:Tensor, # (B, N, C) complex
-    ct:Tensor, # (B, N, C) complex cotangent
-    alpha:float, # 0: theory, 1: Hypothesis-7
-    mended:bool=False, # see `theory_gradient`
-)->Tensor: # (B, N, C) real
-    "The seeds' hybrid `(1-α)·theory + α·H7`."
-    return (1-alpha)*theory_gradient(G, ct, mended) + alpha*hypothesis7_gradient(G, ct)
+    G:Tensor,             # (B, N, C) complex
+    ct:Tensor,            # (B, N, C) complex cotangent
+    alpha:float,          # 0: theory, 1: Hypothesis-7
+    corrected:bool=False, # see `theory_gradient`
+)->Tensor:                # (B, N, C) real
+    "The hybrid of the design notes, `(1-α)·theory + α·H7`."
+    return (1-alpha)*theory_gradient(G, ct, corrected) + alpha*hypothesis7_gradient(G, ct)
 
 # %% ../nbs/06_gradients.ipynb #c0024
 @dataclass(frozen=True)
@@ -71,10 +62,10 @@ class _Plan:
     blend:object='exact'         # 'exact', α in [0, 1], or 'none'
     causal:bool=False
     forward:torch.dtype=None     # real type of the forward pass; None = that of the input
-    store:object=None            # complex or half type of what is kept, None = as computed, 'recompute' = keep nothing
+    store:object=None            # complex or half type to store, None = as computed, 'recompute' = nothing
     backward:object=None         # complex type of the adjoint, None = that of the input, or 'adaptive'
     threshold:float=1e-30        # 'adaptive': complex128 where the largest cotangent is below this
-    chunk:int=1 << 16            # 'recompute': sites at a time
+    chunk:int=1<<16              # 'recompute': sites at a time
 
 def _blend(alpha): # checked
     if alpha in ('exact', 'none') or isinstance(alpha, (int, float)) and 0 <= alpha <= 1: return alpha
@@ -83,41 +74,46 @@ def _blend(alpha): # checked
 # %% ../nbs/06_gradients.ipynb #c0025
 def _parts(v, E, eta, hop, plan): # what the adjoint needs: (G, left pivots, right pivots), or G alone
     if plan.blend == 'exact' and not plan.causal:
-        return (_diag if _plain() else diag_op)(v, None, E, eta, hop, '')
+        return (_diag if unwatched(v, E, eta, hop) else diag_op)(v, None, E, eta, hop, '')
     return (resolvent_diag(v, torch.complex(E, eta), hop=hop, causal=plan.causal),)
 
 def _adjoint(parts, ct, hop, plan): # gradients of v, E, η, hop
     if plan.blend == 'none': return torch.zeros_like(ct.real), None, None, None
     if plan.blend != 'exact': return blended_gradient(parts[0], ct, plan.blend), None, None, None
+    G, *pivots = parts
     need = [True, False, hop is not None]
-    if plan.causal: dv, _, _, dhop, dE, deta, *_ = scan_backward_op(parts[0], parts[0].new_empty(0), None, ct, hop, None, None, need[:2] + [False] + need[2:], '')
-    # without the dispatcher, which costs 0.1 ms
-    elif _plain(): dv, _, dhop, dE, deta = _backend('', ct).diag_backward(parts[1], parts[2], parts[0], ct, _lanes(hop), list(ct.shape), need)
-    else: dv, _, dhop, dE, deta = diag_backward_op(parts[1], parts[2], parts[0], ct, hop, need, '')
+    if plan.causal:
+        dv, _, _, dhop, dE, deta, *_ = scan_backward_op(G, G.new_empty(0), None, ct, hop, None, None,
+                                                        need[:2] + [False] + need[2:], '')
+    elif unwatched(*parts, ct, hop): # without the dispatcher, which costs 0.1 ms
+        kernel = _backend('', ct)
+        dv, _, dhop, dE, deta = kernel.diag_backward(*pivots, G, ct, _lanes(hop), list(ct.shape), need)
+    else: dv, _, dhop, dE, deta = diag_backward_op(*pivots, G, ct, hop, need, '')
     return dv, dE, deta, dhop if hop is not None else None
 
 # %% ../nbs/06_gradients.ipynb #c0026
 def _pack(x, store): return x.to(store) if store.is_complex else torch.view_as_real(x).to(store)
 def _unpack(x, dtype): return (x if x.is_complex() else torch.view_as_complex(x.float())).to(dtype)
 def _cast(x, dtype): return None if x is None else x.to(dtype)
-# torch has a fast transposition for two axes, not for three
-def _turn(x): return x[0].contiguous()[None] if x.shape[0] == 1 else x.contiguous()
+def _turn(x): # torch has a fast transposition for two axes, not for three
+    return x[0].contiguous()[None] if x.shape[0] == 1 else x.contiguous()
 
-# forward again and adjoint, a block of chains (16 at least: they share a vector) at a time, so that the pivots stay in the cache
 def _recompute(v, E, eta, hop, ct, plan):
+    "Forward again and adjoint, a block of chains at a time, so that the pivots stay in the cache."
     B, N, C = v.shape
-    w = max(1, min(C, plan.chunk // max(N, 1) // 16 * 16 or 16))
-    b = max(-(-16 // w), plan.chunk // max(1, N * w))
+    w = max(1, min(C, plan.chunk//max(N, 1)//16*16 or 16))     # at least 16: they share a vector
+    b = max(-(-16//w), plan.chunk//max(1, N*w))
     dv, dhop = torch.empty_like(ct.real), None if hop is None else torch.empty_like(ct.real[:,1:])
-    # zeros, mapped by vmap if ct is
-    dE, deta = (ct.real[:0].sum((0,1)) for _ in range(2))
+    dE, deta = (ct.real[:0].sum((0,1)) for _ in range(2))      # zeros, mapped by vmap if ct is
     for i in range(0, B, b):
         for j in range(0, C, w):
             s, t = (slice(i, i + b), slice(None), slice(j, j + w)), slice(j, j + w)
             h = None if hop is None else hop[s]
             r = _adjoint(_parts(_turn(v[s]), E[t], eta[t], h, plan), _turn(ct[s]), h, plan)
             dv[s] = r[0]
-            if r[1] is not None: dE[t] += r[1]; deta[t] += r[2]
+            if r[1] is not None:
+                dE[t] += r[1]
+                deta[t] += r[2]
             if r[3] is not None: dhop[s] = r[3]
     return (dv, dE, deta, dhop) if plan.blend == 'exact' else (dv, None, None, None)
 
@@ -127,34 +123,31 @@ class _BK(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
     def forward(v, E, eta, hop, plan):
-        parts = _parts(
-            *(_cast(t, plan.forward or v.dtype) for t in (_turn(v), E, eta, hop)),
-            plan if plan.store != 'recompute' else _Plan(0.0, plan.causal),
-        )
+        args = [_cast(t, plan.forward or v.dtype) for t in (_turn(v), E, eta, hop)]
+        parts = _parts(*args, plan if plan.store != 'recompute' else _Plan(0., plan.causal))
         G = parts[0].to(v.dtype.to_complex())
         if plan.store == 'recompute': return G,
         store = plan.store or parts[0].dtype
-        # G itself is kept where it is of the type wanted
-        return G, *(_pack(x, store) for x in parts[int(store == G.dtype):])
+        return G, *(_pack(x, store) for x in parts[int(store == G.dtype):])  # G is not stored twice
+
     @staticmethod
     def setup_context(ctx, inputs, output):
         v, E, eta, hop, ctx.plan = inputs
         G, *kept = output
         ctx.dtype = v.dtype
-        if ctx.plan.store == 'recompute':
-            kept = [v, E, eta]
-        elif len(kept) % 2 == 0:
-            kept = [G, *kept]  # of one or three parts the first is G
+        if ctx.plan.store == 'recompute': kept = [v, E, eta]
+        elif len(kept) % 2 == 0: kept = [G, *kept]  # of one or three parts the first is G
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, hop)
+
     @staticmethod
     def backward(ctx, ct, *_):
         *kept, hop = ctx.saved_tensors
         if ct is None: return (None,)*5
         return *_Adjoint.apply(ct, hop, ctx.plan, ctx.dtype, *kept), None
 
-# a function of its own, so that torch.func.grad, which records every backward pass, does not look inside
+# %% ../nbs/06_gradients.ipynb #1212ff04
 class _Adjoint(torch.autograd.Function):
     generate_vmap_rule = True
     @staticmethod
@@ -162,7 +155,8 @@ class _Adjoint(torch.autograd.Function):
         if plan.store == 'recompute': out = _recompute(*kept, hop, ct, plan)
         else:
             t = ct.dtype if plan.backward is None else plan.backward
-            if t == 'adaptive': t = torch.complex128 if ct.numel() and ct.abs().max() < plan.threshold else torch.complex64
+            if t == 'adaptive':
+                t = torch.complex128 if ct.numel() and ct.abs().max() < plan.threshold else torch.complex64
             out = _adjoint([_unpack(x, t) for x in kept], _turn(ct).to(t), _cast(hop, t.to_real()), plan)
         return tuple(_cast(x, dtype) for x in out)
     @staticmethod
@@ -172,88 +166,95 @@ class _Adjoint(torch.autograd.Function):
 
 # %% ../nbs/06_gradients.ipynb #c0029
 def blended_diag(
-    v:Tensor, # (B, N, C) real potential
-    z, # complex scalar or (C,), Im z > 0
-    hop=None, # hopping t ≥ 0, as in `resolvent_diag`
-    grad_blend='exact', # 'exact'; α in [0, 1]: the seeds' hybrid gradient, which reaches v only; 'none': no gradient, the control
-    causal:bool=False, # pivots g_i of the chain cut after i
-)->Tensor: # (B, N, C) complex
-    "`resolvent_diag` whose backward pass is exact or the seeds' blend. `ValueError` as `resolvent_diag`, and for α outside [0, 1]."
+    v:Tensor,           # (B, N, C) real potential
+    z,                  # complex scalar or (C,), Im z > 0
+    hop=None,           # hopping t ≥ 0, as in `resolvent_diag`
+    grad_blend='exact', # 'exact'; α in [0, 1]: the hybrid gradient, which reaches v only; 'none': no gradient
+    causal:bool=False,  # pivots g_i of the chain cut after i
+)->Tensor:              # (B, N, C) complex
+    """`resolvent_diag` whose backward pass is exact or the blend of the design notes.
+    `ValueError` as `resolvent_diag`, and for α outside [0, 1]."""
     v, _, E, eta, _, hop = _inputs(v, None, z, None, hop)
     return _BK.apply(v, E, eta, hop, _Plan(_blend(grad_blend), causal))[0]
 
 # %% ../nbs/06_gradients.ipynb #c0032
 def _features(he_diag, h0_super, h0_sub, z, plan): # (..., N) -> (..., N, 2)
     if he_diag.ndim < 1: raise ValueError(f'he_diag must be (B, N) or (N,); got {tuple(he_diag.shape)}')
-    *lead, N = he_diag.shape; B, bonds = math.prod(lead), max(N-1, 0)
+    *lead, N = he_diag.shape
+    B, bonds = math.prod(lead), max(N-1, 0)
     for n,t in (('h0_super', h0_super), ('h0_sub', h0_sub)):
         if t.shape[-1:] != (bonds,) or t.ndim > 1 and t.shape[:-1] != tuple(lead):
-            raise ValueError(
-                f'{n} must be {(bonds,)} or {(*lead, bonds)} for he_diag {tuple(he_diag.shape)}; got {tuple(t.shape)}'
-            )
+            raise ValueError(f'{n} must be {(bonds,)} or {(*lead, bonds)} '
+                             f'for he_diag {tuple(he_diag.shape)}; got {tuple(t.shape)}')
     k, watched = h0_super*h0_sub, torch._C._are_functorch_transforms_active()
-    if not watched and (k < 0).any(): raise ValueError('the products h0_super·h0_sub must be ≥ 0; vmapped_get_diag takes any sign')
-    if not (watched or k.requires_grad) and (k == 1).all():hop = None
-    # no infinite slope where a bond is cut
-    else: hop = torch.where(k > 0, k, 1).sqrt().mul(k > 0).expand(*lead, bonds).reshape(B, bonds).T[None]
-    v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)               # chains as channels, (1, N, B): the kernel's fast layout
+    if not watched and (k < 0).any():
+        raise ValueError('the products h0_super·h0_sub must be ≥ 0; vmapped_get_diag takes any sign')
+    if not (watched or k.requires_grad) and (k == 1).all(): hop = None
+    else:
+        t = torch.where(k > 0, k, 1).sqrt().mul(k > 0)   # no infinite slope where a bond is cut
+        hop = t.expand(*lead, bonds).reshape(B, bonds).T[None]
+    # chains as channels, (1, N, B): the kernel's fast layout
+    v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)
     return torch.view_as_real(_BK.apply(v, E, eta, hop, plan)[0][0].T.contiguous()).reshape(*lead, N, 2)
 
 # %% ../nbs/06_gradients.ipynb #c0033
 class BKCoreFunction:
-    "The seeds' BK-Core: diagonals in, features (Re G_ii, Im G_ii) out. `GRAD_BLEND` is the default of `grad_blend`, as the seeds set it; here it starts as 'exact'."
-
+    """BK-Core as in the design notes: diagonals in, features (Re G_ii, Im G_ii) out.
+    `GRAD_BLEND` is the default of `grad_blend`, as in the notes; here it starts as 'exact'."""
     GRAD_BLEND = 'exact'
     @classmethod
     def apply(cls,
-        he_diag:Tensor, # (B, N) or (N,) real main diagonal, -2 + v for the discrete Laplacian
-        h0_super:Tensor, # (N-1,) or (B, N-1) real
-        h0_sub:Tensor, # like h0_super; products ≥ 0 (a bond of product 0 is cut, and gets no gradient)
-        z, # complex shift, Im z > 0
-        grad_blend=None, # 'exact', 'none', or α in [0, 1]: (1-α)·theory + α·Hypothesis-7, which reaches he_diag only; None = GRAD_BLEND
+        he_diag:Tensor,    # (B, N) or (N,) real main diagonal, -2 + v for the discrete Laplacian
+        h0_super:Tensor,   # (N-1,) or (B, N-1) real
+        h0_sub:Tensor,     # like h0_super; products ≥ 0 (a bond of product 0 is cut and gets no gradient)
+        z,                 # complex shift, Im z > 0
+        grad_blend=None,   # 'exact', 'none', or α of the blend, which reaches he_diag only; None = GRAD_BLEND
         causal:bool=False, # pivots instead of the two-sided diagonal: no site sees what comes later
-    )->Tensor: # (B, N, 2) or (N, 2) real
+    )->Tensor:             # (B, N, 2) or (N, 2) real
         "`ValueError` for wrong shapes, Im z ≤ 0, negative products, α outside [0, 1]."
         return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal))
+
     @classmethod
-    def _alpha(cls, grad_blend):
-        return _blend(cls.GRAD_BLEND if grad_blend is None else grad_blend)
+    def _alpha(cls, grad_blend): return _blend(cls.GRAD_BLEND if grad_blend is None else grad_blend)
 
 # %% ../nbs/06_gradients.ipynb #c0039
 class BlendedBKMixer(nn.Module):
-    "The seeds' layer for the mixer slot: `heads` potentials from x, features (Re g, Im g), projected back, with the gradient `grad_blend`. z is fixed, as theirs."
+    """The layer of the design notes for the mixer slot: `heads` potentials from x, features (Re g, Im g),
+    projected back, with the gradient `grad_blend`. z is fixed, as in the notes."""
     def __init__(self,
-        d_model:int, # D
-        heads:int=16, # chains
-        z=1j, # complex scalar or (heads,), Im z > 0
+        d_model:int,        # D
+        heads:int=16,       # chains
+        z=1j,               # complex scalar or (heads,), Im z > 0
         grad_blend='exact', # 'exact', 'none' or α in [0, 1]; may be set at any time
-        causal:bool=True, # False: two-sided, no language model
-        v_max:float=3., # bound of the potential, energy units
+        causal:bool=True,   # False: two-sided, no language model
+        v_max:float=3.,     # bound of the potential, energy units
     ):
         super().__init__()
-        self.v_proj, self.out_proj = nn.Linear(d_model, heads, bias=False), nn.Linear(2*heads, d_model, bias=False)
+        self.v_proj = nn.Linear(d_model, heads, bias=False)
+        self.out_proj = nn.Linear(2*heads, d_model, bias=False)
         self.register_buffer('z', torch.as_tensor(z, dtype=torch.complex64).expand(heads).clone())
         self.grad_blend, self.causal, self.v_max = grad_blend, causal, v_max
 
     def forward(self, x, state=None, cut=None, return_state=False):
-        if state is not None or return_state: raise ValueError('BlendedBKMixer keeps no state; BKMixer decodes token by token')
+        if state is not None or return_state:
+            raise ValueError('BlendedBKMixer keeps no state; BKMixer decodes token by token')
         v = self.v_max*torch.tanh(self.v_proj(x).float()/self.v_max)
         hop = None if cut is None else (~cut[:,1:])[...,None].float()
-        return self.out_proj(torch.view_as_real(blended_diag(v, self.z, hop, self.grad_blend, self.causal)).flatten(-2).to(x.dtype))
+        G = blended_diag(v, self.z, hop, self.grad_blend, self.causal)
+        return self.out_proj(torch.view_as_real(G).flatten(-2).to(x.dtype))
 
 # %% ../nbs/06_gradients.ipynb #c0042
 @dataclass
 class GradBlendResult:
     "What one α did."
-    alpha:object # 'exact', 'none' or α
-    final_loss:float # validation, nats per token
+    alpha:object            # 'exact', 'none' or α
+    final_loss:float        # validation, nats per token
     final_perplexity:float
-    # nats: validation loss before the first step less the training loss averaged over the run; larger is faster
-    convergence_speed:float
+    convergence_speed:float # nats: first validation loss less the training loss averaged over the run
     gradient_variance:float # variance of the gradient norm within ten steps, over its squared mean
-    cosine_start:float # with the exact gradient, see `gradient_cosine`, before the first step ...
-    cosine_end:float # ... and after the last
-    losses:list # training loss, nats, per record
+    cosine_start:float      # with the exact gradient, see `gradient_cosine`, before the first step ...
+    cosine_end:float        # ... and after the last
+    losses:list             # training loss, nats, per record
     seconds:float
 
 # %% ../nbs/06_gradients.ipynb #c0043
@@ -272,51 +273,64 @@ class _Loaders: # two loaders as the data of a Learner
         self.train, self.valid = train if hasattr(train, 'forever') else _Loop(train), valid
 
     def report(self, nats): return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=None)
+def _digest(weights): # hash of a state dict
+    raw = (t.detach().cpu().contiguous().view(torch.uint8).numpy() for t in weights.values() if t.numel())
+    return hashlib.sha256(b''.join(a.tobytes() for a in raw)).hexdigest()[:16]
 
 # %% ../nbs/06_gradients.ipynb #c0044
 class GradBlendOptimizer:
-    "Grid search over `grad_blend`: sets it on every module that has the attribute, trains from the same start with a `Learner`, keeps what happened. `ValueError` where nothing blends."
+    """Grid search over `grad_blend`: sets it on every module that has the attribute, trains from the same
+    start with a `Learner`, records the results. `ValueError` if no module blends."""
     def __init__(self,
-        model:nn.Module, # maps (B, N) token ids to (B, N, V) logits
-        train_loader, # an `LMData`, or batches (x, y) of token ids (B, N): `Batches`, a DataLoader, a list
-        val_loader=None, # batches (x, y) for validation; not with an `LMData`, which has its own
-        alpha_values=None, # default 0, 0.1, ..., 1 and 'exact'; 'none' is the control without any gradient through BK-Core
+        model:nn.Module,          # maps (B, N) token ids to (B, N, V) logits
+        train_loader,             # an `LMData`, or batches (x, y) of token ids (B, N) in any iterable
+        val_loader=None,          # batches (x, y) for validation; not with an `LMData`, which has its own
+        alpha_values=None,        # default 0, 0.1, ..., 1 and 'exact'; 'none': no gradient through BK-Core
         epochs_per_trial:float=5, # passes over the training text, or
         steps_per_trial:int=None, # steps
-        # one JSON per trial, summary.json and grad_blend.png go here; trials found here are not run again
-        folder=None,
-        lr:float=3e-3, # peak learning rate
-        eval_batches:int=None, # validation batches; None = all
+        folder=None,              # for results and plot; trials found here are not run again
+        lr:float=3e-3,            # peak learning rate
+        eval_batches:int=None,    # validation batches; None = all
         seed:int=0,
-        progress:bool=True, # show the bar
-        **learner_kw, # to `Learner`
+        progress:bool=True,       # show the bar
+        **learner_kw,             # to `Learner`
     ):
-        self.alphas = [_blend(a) for a in (alpha_values if alpha_values is not None else [i/10 for i in range(11)] + ['exact'])]
+        if alpha_values is None: alpha_values = [i/10 for i in range(11)] + ['exact']
+        self.alphas = [_blend(a) for a in alpha_values]
         if not self.alphas: raise ValueError('alpha_values is empty: give at least one α')
-        if not hasattr(train_loader, 'floors') and val_loader is None: raise ValueError('val_loader is missing (only an LMData has its own)')
-        self.model, self.data = model, train_loader if val_loader is None else _Loaders(train_loader, val_loader)
+        if not hasattr(train_loader, 'floors') and val_loader is None:
+            raise ValueError('val_loader is missing (only an LMData has its own)')
+        self.model = model
+        self.data = train_loader if val_loader is None else _Loaders(train_loader, val_loader)
         self.mods = [m for m in model.modules() if hasattr(m, 'grad_blend')]
-        if not self.mods: raise ValueError('no module of the model has a grad_blend attribute: put BlendedBKMixer in the mixer slot')
+        if not self.mods:
+            raise ValueError('no module of the model has a grad_blend attribute: '
+                             'put BlendedBKMixer in the mixer slot')
         self.budget = dict(steps=steps_per_trial) if steps_per_trial else dict(epochs=epochs_per_trial)
-        self.folder, self.eval_batches, self.progress, self.start = folder and Path(folder), eval_batches, progress, deepcopy(model.state_dict())
+        self.folder, self.eval_batches, self.progress = folder and Path(folder), eval_batches, progress
+        self.start = deepcopy(model.state_dict())
         self.kw = dict(lr=lr, seed=seed, progress=False, eval_every=0) | learner_kw
-        weights = hashlib.sha256(b''.join(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in self.start.values() if t.numel())).hexdigest()[:16]
-        self.settings = self.budget | dict(weights=weights, data=self.data.name, eval_batches=eval_batches) | {k: v for k,v in self.kw.items() if isinstance(v, (int, float, str))}
+        self.settings = self.budget | dict(weights=_digest(self.start), data=self.data.name,
+                                           eval_batches=eval_batches)
+        self.settings |= {k: v for k,v in self.kw.items() if isinstance(v, (int, float, str))}
         self.results, self.summary = [], None
 
 # %% ../nbs/06_gradients.ipynb #c0045
 def gradient_cosine(
     model:nn.Module, # with modules that have `grad_blend`; left as it was
-    batch:tuple, # (x, y) token ids
-)->float: # 1 = the same direction
-    "Cosine, with the exact one, of what comes through BK-Core: the gradient as `grad_blend` is set, less the gradient of 'none', over all parameters."
-    mods, ps = [m for m in model.modules() if hasattr(m, 'grad_blend')], [p for p in model.parameters() if p.requires_grad]
+    batch:tuple,     # (x, y) token ids
+)->float:            # 1 = the same direction
+    """Cosine with the exact gradient of what comes through BK-Core: the gradient as `grad_blend` is set,
+    less the gradient of 'none', over all parameters."""
+    mods = [m for m in model.modules() if hasattr(m, 'grad_blend')]
+    ps = [p for p in model.parameters() if p.requires_grad]
     x, y = (t.to(ps[0].device) for t in batch)
     was = [m.grad_blend for m in mods]
     def g(values):
         for m,a in zip(mods, values): m.grad_blend = a
         loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        return torch.cat([t.flatten() for t in torch.autograd.grad(loss, ps, allow_unused=True, materialize_grads=True)])
+        grads = torch.autograd.grad(loss, ps, allow_unused=True, materialize_grads=True)
+        return torch.cat([t.flatten() for t in grads])
     rest, true, mine = g(['none']*len(mods)), g(['exact']*len(mods)), g(was)
     return nn.functional.cosine_similarity(mine - rest, true - rest, 0).item()
 
@@ -324,7 +338,8 @@ def gradient_cosine(
 @patch
 def run_trial(self:GradBlendOptimizer, alpha)->GradBlendResult: # 'exact', 'none' or α
     "Train once from the starting weights."
-    t = time.perf_counter(); self.model.load_state_dict(self.start)
+    t = time.perf_counter()
+    self.model.load_state_dict(self.start)
     for m in self.mods: m.grad_blend = alpha
     learn = Learner(self.model, self.data, **self.kw)
     first = learn.evaluate(self.eval_batches)['nats']
@@ -332,23 +347,14 @@ def run_trial(self:GradBlendOptimizer, alpha)->GradBlendResult: # 'exact', 'none
     before = gradient_cosine(self.model, probe)
     learn.fit(**self.budget)
     if learn.interrupted:
-        raise KeyboardInterrupt(
-            f'stopped in the trial of α = {alpha}, which is not kept; finished trials are'
-        )
+        raise KeyboardInterrupt(f'stopped in the trial of α = {alpha}, which is not kept; '
+                                'finished trials are')
     last = learn.evaluate(self.eval_batches)
     losses = [m.loss_lm for m in learn.history]
-    var = [m.grad_variance / m.grad_norm**2 for m in learn.history if m.grad_norm]
-    return GradBlendResult(
-        alpha,
-        last['nats'],
-        last['ppl'],
-        first - sum(losses) / len(losses),
-        sum(var) / max(1, len(var)),
-        before,
-        gradient_cosine(self.model, probe),
-        losses,
-        time.perf_counter() - t,
-    )
+    var = [m.grad_variance/m.grad_norm**2 for m in learn.history if m.grad_norm]
+    return GradBlendResult(alpha, last['nats'], last['ppl'], first - sum(losses)/len(losses),
+                           sum(var)/max(1, len(var)), before, gradient_cosine(self.model, probe), losses,
+                           time.perf_counter() - t)
 
 @patch
 def _load(self:GradBlendOptimizer, path):
@@ -360,9 +366,9 @@ def _load(self:GradBlendOptimizer, path):
 
 # %% ../nbs/06_gradients.ipynb #c0047
 @patch
-# best_alpha, best_perplexity, best_blend (the best number), results, settings
-def run_grid_search(self:GradBlendOptimizer)->dict:
-    "All trials that are not in the folder yet. Afterwards the model has its starting weights and the best α. `ValueError` for a folder that holds another search."
+def run_grid_search(self:GradBlendOptimizer)->dict: # best_alpha, best_perplexity, best_blend, results ...
+    """Run all trials that are not in the folder yet. Afterwards the model has its starting weights and the
+    best α; `best_blend` is the best number. `ValueError` for a folder that holds another search."""
     if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
     self.results = []
     with tqdm(self.alphas, disable=not self.progress, desc='grad_blend') as bar:
@@ -379,46 +385,45 @@ def run_grid_search(self:GradBlendOptimizer)->dict:
     blends = [r for r in self.results if not isinstance(r.alpha, str)]
     self.model.load_state_dict(self.start)
     for m in self.mods: m.grad_blend = best.alpha
-    self.summary = dict(best_alpha=best.alpha, best_perplexity=best.final_perplexity, best_blend=min(blends, key=lambda r: r.final_perplexity).alpha if blends else None,
+    self.summary = dict(best_alpha=best.alpha, best_perplexity=best.final_perplexity,
+                        best_blend=min(blends, key=lambda r: r.final_perplexity).alpha if blends else None,
                         results=[asdict(r) for r in self.results], settings=self.settings)
     if self.folder:
-        (self.folder / 'summary.json').write_text(json.dumps(self.summary, indent=1))
+        (self.folder/'summary.json').write_text(json.dumps(self.summary, indent=1))
         self._save_plot()
     return self.summary
 
 # %% ../nbs/06_gradients.ipynb #c0048
 @patch
 def table(self:GradBlendOptimizer)->str:
-    "What happened, a line per trial."
+    "The results, a line per trial."
     if not self.results: raise ValueError('nothing to show: call run_grid_search first')
     head = '    α    valid nats  perplexity  speed (nats)  grad. variance   cosine: start    end'
-    return '\n'.join(
-        [
-            head,
-            *(
-                f'{r.alpha!s:>6}{r.final_loss:11.4f}{r.final_perplexity:12.3f}{r.convergence_speed:12.3f}{r.gradient_variance:15.4f}{r.cosine_start:17.3f}{r.cosine_end:9.3f}'
-                for r in self.results
-            ),
-        ]
-    )
+    return '\n'.join([head] + [
+        f'{r.alpha!s:>6}{r.final_loss:11.4f}{r.final_perplexity:12.3f}{r.convergence_speed:12.3f}'
+        f'{r.gradient_variance:15.4f}{r.cosine_start:17.3f}{r.cosine_end:9.3f}' for r in self.results])
 
+# %% ../nbs/06_gradients.ipynb #5c5f74e5
 @patch
 def plot(self:GradBlendOptimizer): # matplotlib Figure
-    "Training curves; final perplexity against α, with the exact gradient and the floors (of an `LMData`) as lines."
+    "Training curves; final perplexity against α, with the exact gradient and the floors as lines."
     import matplotlib.pyplot as plt
     if not self.results: raise ValueError('nothing to plot: call run_grid_search first')
     lines = dict(exact='k', none='C3')
     fig, ax = plt.subplots(1, 2, figsize=(11, 3.4))
     blends = [r for r in self.results if not isinstance(r.alpha, str)]
-    for r in self.results: ax[0].plot(r.losses, color=lines.get(r.alpha) or plt.cm.viridis(r.alpha), lw=1, label=f'{r.alpha}')
-    late = [x for r in self.results for x in r.losses[len(r.losses) // 10 :]]
+    for r in self.results:
+        ax[0].plot(r.losses, color=lines.get(r.alpha) or plt.cm.viridis(r.alpha), lw=1, label=f'{r.alpha}')
+    late = [x for r in self.results for x in r.losses[len(r.losses)//10:]]
     ax[0].set(xlabel='record', ylabel='training loss (nats per token)', ylim=(min(late), max(late)))
     ax[0].legend(fontsize=6, ncol=2, title='α', title_fontsize=7)
-    ax[1].plot([r.alpha for r in blends], [r.final_perplexity for r in blends], 'o-', label='(1−α)·theory + α·H7')
+    ax[1].plot([r.alpha for r in blends], [r.final_perplexity for r in blends], 'o-',
+               label='(1−α)·theory + α·H7')
     for r in self.results:
         if r.alpha in lines: ax[1].axhline(r.final_perplexity, color=lines[r.alpha], label=r.alpha)
     for name,ls in (('unigram', ':'), ('bigram', '--')):
-        if hasattr(self.data, 'floors'): ax[1].axhline(math.exp(getattr(self.data.floors, name)), ls=ls, color='grey', label=f'{name} floor')
+        if not hasattr(self.data, 'floors'): break
+        ax[1].axhline(math.exp(getattr(self.data.floors, name)), ls=ls, color='grey', label=f'{name} floor')
     ax[1].set(xlabel='grad_blend α', ylabel='validation perplexity')
     ax[1].legend(fontsize=7)
     fig.tight_layout()
@@ -428,131 +433,126 @@ def plot(self:GradBlendOptimizer): # matplotlib Figure
 def _save_plot(self:GradBlendOptimizer):
     import matplotlib.pyplot as plt
     fig = self.plot()
-    fig.savefig(self.folder / 'grad_blend.png', dpi=120)
+    fig.savefig(self.folder/'grad_blend.png', dpi=120)
     plt.close(fig)
 
 # %% ../nbs/06_gradients.ipynb #c0059
 class MixedPrecisionBKCoreFunction(BKCoreFunction):
-    "`BKCoreFunction` with types of its own: by default the seeds' complex128 forward, complex64 kept and backward."
+    """`BKCoreFunction` in chosen types: by default complex128 forward, complex64 stored and backward, as in
+    the design notes."""
     GRAD_BLEND = 'exact'
     @classmethod
     def apply(cls,
         he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, # as in `BKCoreFunction`
-        # compare with float64 and raise `ArithmeticError` above 1e-4 of the largest value (costs a second forward pass)
-        validate:bool=False,
+        validate:bool=False,      # compare with float64 (a second forward pass)
         forward=torch.complex128, # type of the forward pass
-        # type of what backward needs: complex128, complex64, float16 or bfloat16 (pairs)
-        store=torch.complex64,
-        backward=torch.complex64, # type of the adjoint, or 'adaptive': complex128 where the largest cotangent is below `threshold`
-        threshold:float=1e-30, # see `backward`
+        store=torch.complex64,    # type of what backward needs: complex128, complex64, float16 or bfloat16
+        backward=torch.complex64, # type of the adjoint, or 'adaptive': complex128 below `threshold`
+        threshold:float=1e-30,    # of the largest cotangent
         grad_blend=None, causal:bool=False, # as in `BKCoreFunction`
-    )->Tensor: # (B, N, 2) or (N, 2), of the type of he_diag
-        "`ValueError` as `BKCoreFunction`, and for types that are none of these."
+    )->Tensor:                    # (B, N, 2) or (N, 2), of the type of he_diag
+        """`ValueError` as `BKCoreFunction`, and for types that are none of these. `ArithmeticError` if
+        `validate` finds an error above 1e-4 of the largest value."""
         wide = torch.complex64, torch.complex128
-        for n,t,ok in (('forward', forward, wide), ('store', store, (*wide, torch.float16, torch.bfloat16)), ('backward', backward, (*wide, 'adaptive'))):
+        for n,t,ok in (('forward', forward, wide), ('store', store, (*wide, torch.float16, torch.bfloat16)),
+                       ('backward', backward, (*wide, 'adaptive'))):
             if t not in ok: raise ValueError(f'{n} must be one of {", ".join(map(str, ok))}; got {t}')
-        out = _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal, forward.to_real(), store, backward, threshold))
-        if validate: cls._validate(out, *(t.detach().double() for t in (he_diag, h0_super, h0_sub)), complex(z), causal)
+        plan = _Plan(cls._alpha(grad_blend), causal, forward.to_real(), store, backward, threshold)
+        out = _features(he_diag, h0_super, h0_sub, z, plan)
+        if validate:
+            wide = (t.detach().double() for t in (he_diag, h0_super, h0_sub))
+            cls._validate(out, *wide, complex(z), causal)
         return out
+
     @staticmethod
     def _validate(out, he_diag, h0_super, h0_sub, z, causal, limit=1e-4):
         true = BKCoreFunction.apply(he_diag, h0_super, h0_sub, z, 'exact', causal)
-        err = ((out.detach() - true).abs().max() / true.abs().max()).item() if true.numel() else 0.0
-        if not err <= limit: raise ArithmeticError(f'mixed precision is off by {err:.2e} of the largest value; wanted ≤ {limit:.0e}')
+        err = ((out.detach() - true).abs().max()/true.abs().max()).item() if true.numel() else 0.
+        if not err <= limit:
+            raise ArithmeticError(f'mixed precision is off by {err:.2e} of the largest value; '
+                                  f'the limit is {limit:.0e}')
 
 # %% ../nbs/06_gradients.ipynb #c0065
 def validate_mixed_precision_accuracy(
     batch_size:int=8, seq_len:int=128, # chains in a sample, sites in a chain
-    num_samples:int=100, # random potentials, standard normal
-    # largest error allowed, in G (absolute, as the seeds) and in the gradient (of its largest entry)
-    threshold:float=1e-4,
-    z=1j, # complex shift
+    num_samples:int=100,  # random potentials, standard normal
+    threshold:float=1e-4, # largest error allowed, in G (absolute) and in the gradient (of its largest entry)
+    z=1j,                 # complex shift
     seed:int=0,
-    **kw, # to `MixedPrecisionBKCoreFunction.apply`, e.g. store=torch.bfloat16
-# passed, max_error_{mean,std,max}, relative_error_{mean,max}, gradient_error_{mean,max}, threshold, num_samples
-)->dict:
-    "Largest error of mixed precision per sample, against float64: a dense inverse up to 256 sites, pivots beyond; of the features and of the gradient for a random cotangent."
+    **kw,                 # to `MixedPrecisionBKCoreFunction.apply`, e.g. store=torch.bfloat16
+)->dict:                  # passed, threshold, num_samples; max_error_*, relative_error_*, gradient_error_*
+    """Largest error of mixed precision per sample, against float64: a dense inverse up to 256 sites,
+    pivots beyond; of the features and of the gradient for a random cotangent."""
     gen, one, errs = torch.Generator().manual_seed(seed), torch.ones(seq_len-1), []
     for _ in range(num_samples):
         v = torch.randn(batch_size, seq_len, generator=gen).requires_grad_()
         v64 = v.detach().double()[..., None].requires_grad_()
-        G = dense_resolvent(v64, z)[:,0].diagonal(dim1=-2, dim2=-1) if seq_len <= 256 else resolvent_diag(v64, z)[...,0]
-        mine, true = MixedPrecisionBKCoreFunction.apply(v - 2, one, one, z, False, **kw), torch.view_as_real(
-            G
-        )
+        if seq_len <= 256: G = dense_resolvent(v64, z)[:,0].diagonal(dim1=-2, dim2=-1)
+        else: G = resolvent_diag(v64, z)[...,0]
+        mine, true = MixedPrecisionBKCoreFunction.apply(v-2, one, one, z, False, **kw), torch.view_as_real(G)
         ct = torch.randn(mine.shape, generator=gen)
         g, g64 = torch.autograd.grad(mine, v, ct)[0], torch.autograd.grad(true, v64, ct.double())[0][...,0]
         err = (mine - true).detach().norm(dim=-1)
-        errs.append([err.max().item(), (err/G.detach().abs()).max().item(), ((g - g64).abs().max()/g64.abs().max()).item()])
+        errs.append([err.max().item(), (err/G.detach().abs()).max().item(),
+                     ((g - g64).abs().max()/g64.abs().max()).item()])
     e = torch.tensor(errs, dtype=torch.float64)
-    top = e.amax(0).tolist()
-    mean = e.mean(0).tolist()
-    return dict(passed=max(top[0], top[2]) <= threshold, max_error_mean=mean[0], max_error_std=e[:,0].std(correction=0).item(), max_error_max=top[0], relative_error_mean=mean[1],
-                relative_error_max=top[1], gradient_error_mean=mean[2], gradient_error_max=top[2], threshold=threshold, num_samples=num_samples)
+    top, mean = e.amax(0).tolist(), e.mean(0).tolist()
+    return dict(passed=max(top[0], top[2]) <= threshold, max_error_mean=mean[0],
+                max_error_std=e[:,0].std(correction=0).item(), max_error_max=top[0],
+                relative_error_mean=mean[1], relative_error_max=top[1], gradient_error_mean=mean[2],
+                gradient_error_max=top[2], threshold=threshold, num_samples=num_samples)
 
 # %% ../nbs/06_gradients.ipynb #c0070
-MODES = {
-    'complex128 throughout': dict(
-        forward=torch.complex128, store=torch.complex128, backward=torch.complex128
-    ),
-    "complex128 → complex64 (seeds)": dict(),
-    'complex64 throughout': dict(forward=torch.complex64),
-    'float16 kept': dict(forward=torch.complex64, store=torch.float16),
-    'bfloat16 kept': dict(forward=torch.complex64, store=torch.bfloat16),
-}
+MODES = {'complex128 throughout': dict(store=torch.complex128, backward=torch.complex128),
+         'complex128 → complex64 (notes)': dict(),
+         'complex64 throughout': dict(forward=torch.complex64),
+         'float16 stored': dict(forward=torch.complex64, store=torch.float16),
+         'bfloat16 stored': dict(forward=torch.complex64, store=torch.bfloat16)}
 
 def benchmark_mixed_precision(
     batch_size:int=64, seq_len:int=512, # chains, sites
-    z=1j, # complex shift
-    rounds:int=7, # of the timing
+    z=1j,              # complex shift
+    rounds:int=7,      # of the timing
     verbose:bool=True, # print the table
-# of dict: mode, forward_error, gradient_error (of the largest value), forward_ms, backward_ms, bytes_per_site kept for backward
-)->list:
-    "Every mode of `MODES` on the same float32 potentials, timed side by side, against float64."
-    he, one = (torch.randn(batch_size, seq_len) - 2).requires_grad_(), torch.ones(seq_len - 1)
+)->list:               # of dict: mode, forward_error, gradient_error, forward_ms, backward_ms, bytes_per_site
+    """Every mode of `MODES` on the same float32 potentials, timed side by side, against float64.
+    Errors are relative to the largest value; bytes are those stored for the backward pass."""
+    he, one = (torch.randn(batch_size, seq_len) - 2).requires_grad_(), torch.ones(seq_len-1)
     ct = torch.randn(batch_size, seq_len, 2)
     h64 = he.detach().double().requires_grad_()
     true = BKCoreFunction.apply(h64, one, one, z)
-    (g64,) = torch.autograd.grad(true, h64, ct.double())
-    run = {
-        n: (lambda kw=kw: MixedPrecisionBKCoreFunction.apply(he, one, one, z, False, **kw))
-        for n, kw in MODES.items()
-    }
-    out = {n: f() for n, f in run.items()}
+    g64, = torch.autograd.grad(true, h64, ct.double())
+    mixed = lambda kw: lambda: MixedPrecisionBKCoreFunction.apply(he, one, one, z, False, **kw)
+    run = {n: mixed(kw) for n,kw in MODES.items()}
+    out = {n: f() for n,f in run.items()}
     back = {n: (lambda o=o: torch.autograd.grad(o, he, ct, retain_graph=True)[0]) for n,o in out.items()}
     fms, bms = time_together(run, rounds), time_together(back, rounds)
     err = lambda x, t: ((x.detach() - t).abs().max()/t.abs().max()).item()
-    rows = [
-        dict(
-            mode=n,
-            forward_error=err(out[n], true.detach()),
-            gradient_error=err(back[n](), g64),
-            forward_ms=fms[n],
-            backward_ms=bms[n],
-            bytes_per_site=saved_bytes(run[n]) / he.numel(),
-        )
-        for n in MODES
-    ]
-    if verbose:
-        print(
-            f'{batch_size} chains of {seq_len} sites, z = {z}, {torch.get_num_threads()} threads, torch {torch.__version__}\n{"":32s}error of G  of gradient   forward   backward   kept'
-        )
-        for r in rows: print(f"{r['mode']:32s}{r['forward_error']:10.1e}{r['gradient_error']:13.1e}{r['forward_ms']:8.2f} ms{r['backward_ms']:8.2f} ms{r['bytes_per_site']:5.0f} B/site")
+    rows = [dict(mode=n, forward_error=err(out[n], true.detach()), gradient_error=err(back[n](), g64),
+                 forward_ms=fms[n], backward_ms=bms[n], bytes_per_site=saved_bytes(run[n])/he.numel())
+            for n in MODES]
+    if verbose: _print_modes(rows, batch_size, seq_len, z)
     return rows
+
+def _print_modes(rows, B, N, z):
+    print(f'{B} chains of {N} sites, z = {z}, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    print(f'{"":32s}error of G  of gradient   forward   backward   stored')
+    for r in rows:
+        print(f"{r['mode']:32s}{r['forward_error']:10.1e}{r['gradient_error']:13.1e}"
+              f"{r['forward_ms']:8.2f} ms{r['backward_ms']:8.2f} ms{r['bytes_per_site']:5.0f} B/site")
 
 # %% ../nbs/06_gradients.ipynb #c0071
 def saved_bytes(
-    f, # function of no arguments that builds a graph
-)->int: # bytes
-    "Bytes that autograd keeps for the backward pass of f, each piece of memory counted once (also where it belongs to an input)."
+    f,   # function of no arguments that builds a graph
+)->int:  # bytes
+    """Bytes that autograd stores for the backward pass of f. Each piece of memory counts once, also where it
+    belongs to an input."""
     seen = {}
     def pack(t):
         s = t.untyped_storage()
         seen[s.data_ptr()] = s.nbytes()
         return t
-
-    # held, so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()   # held: addresses stay taken
     return sum(seen.values())
 
 # %% ../nbs/06_gradients.ipynb #c0077
@@ -562,24 +562,24 @@ class BatchedAnalyticBKCoreFunction(BKCoreFunction):
 
 # %% ../nbs/06_gradients.ipynb #c0080
 class MemoryOptimizedBKCoreFunction(BKCoreFunction):
-    "`BKCoreFunction` that keeps the potential alone and computes the pivots again in the backward pass, `CHUNK` sites at a time."
-    GRAD_BLEND, CHUNK = 'exact', 1 << 16
+    """`BKCoreFunction` that stores the potential alone and computes the pivots again in the backward pass,
+    about `CHUNK` sites (chains × length) at a time, and at least 16 chains."""
+    GRAD_BLEND, CHUNK = 'exact', 1<<16
     @classmethod
     def apply(cls,
-        # as in `BKCoreFunction`
-        he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, grad_blend=None, causal:bool=False,
-        # about so many sites (chains × length) at a time in the backward pass, and 16 chains at least; None = CHUNK
-        chunk:int=None,
-    )->Tensor: # (B, N, 2)
+        he_diag:Tensor, h0_super:Tensor, h0_sub:Tensor, z, # as in `BKCoreFunction`
+        grad_blend=None, causal:bool=False, # likewise
+        chunk:int=None,                     # sites at a time in the backward pass; None = CHUNK
+    )->Tensor:                              # (B, N, 2)
         "`ValueError` as `BKCoreFunction`, and for a chunk below 1."
         chunk = cls.CHUNK if chunk is None else chunk
         if chunk < 1: raise ValueError(f'chunk must be at least 1 site; got {chunk}')
-        return _features(he_diag, h0_super, h0_sub, z, _Plan(cls._alpha(grad_blend), causal, store='recompute', chunk=chunk))
+        plan = _Plan(cls._alpha(grad_blend), causal, store='recompute', chunk=chunk)
+        return _features(he_diag, h0_super, h0_sub, z, plan)
 
 # %% ../nbs/06_gradients.ipynb #c0086
-# counts the memory of every tensor that an operation makes, until it is freed
 class _Alive(TorchDispatchMode):
-
+    "Counts the memory of every tensor that an operation makes, until it is freed."
     def __init__(self):
         super().__init__()
         self.seen, self.now, self.top = WeakIdKeyDictionary(), 0, 0
@@ -590,49 +590,58 @@ class _Alive(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out): self._see(t, True)
         return out
+
     def _see(self, t, new):
         if not isinstance(t, Tensor) or (s := t.untyped_storage()) in self.seen: return
-        self.seen[s] = n = s.nbytes() * new
+        self.seen[s] = n = s.nbytes()*new
         self.now += n
         self.top = max(self.top, self.now)
         weakref.finalize(s, self._free, n)
 
 def peak_bytes(
-    f, # function of no arguments
-)->int: # bytes
-    "Most bytes of tensors alive at once while f runs, on top of those before, operation by operation (scratch inside a kernel is not seen)."
+    f,   # function of no arguments
+)->int:  # bytes
+    """Most bytes of tensors alive at once while f runs, on top of those before, operation by operation.
+    Scratch memory inside a kernel is not seen."""
     with _Alive() as alive: f()
     return alive.top
 
 # %% ../nbs/06_gradients.ipynb #c0088
 def profile_batched_gradient(
     batch_sizes=(1, 16, 256), seq_lens=(128, 512, 2048), # chains, sites
-    z=1j, # complex shift
-    rounds:int=5, # of the timing
-    max_loop:int=64, # chains up to which one at a time is tried
+    z=1j,              # complex shift
+    rounds:int=5,      # of the timing
+    max_loop:int=64,   # chains up to which one at a time is tried
     verbose:bool=True, # print the table
-# of dict: batch_size, seq_len, milliseconds loop_ms (None if not tried), vmap_ms, batched_ms, recompute_ms; saved and peak bytes of the last two
-)->list:
-    "Forward and backward of the exact gradient: chain by chain, by `vmap`, batched, and with recomputation; side by side."
-    rows = []
-    for B in batch_sizes:
-        for N in seq_lens:
-            he, one, ct = (torch.randn(B, N) - 2).requires_grad_(), torch.ones(N-1), torch.randn(B, N, 2)
-            many, lean, single = BatchedAnalyticBKCoreFunction.apply, MemoryOptimizedBKCoreFunction.apply, lambda h: BatchedAnalyticBKCoreFunction.apply(h, one, one, z)
-            step = lambda f: lambda: torch.autograd.grad(f(), he, ct)
-            fs = dict(vmap=step(lambda: torch.func.vmap(single)(he)), batched=step(lambda: many(he, one, one, z)), recompute=step(lambda: lean(he, one, one, z)))
-            if B <= max_loop: fs['loop'] = step(lambda: torch.stack([single(h) for h in he]))
-            ms = time_together(fs, rounds)
-            row = dict(batch_size=B, seq_len=N, loop_ms=None) | {f'{k}_ms': t for k, t in ms.items()}
-            for k,f in (('batched', many), ('recompute', lean)): row |= {f'{k}_saved': saved_bytes(lambda: f(he, one, one, z)), f'{k}_peak': peak_bytes(fs[k])}
-            rows.append(row)
+)->list:               # of dict: batch_size, seq_len, *_ms, *_saved, *_peak; loop_ms is None if not tried
+    """Forward and backward of the exact gradient, side by side: chain by chain, by `vmap`, batched, and with
+    recomputation; milliseconds, and for the last two the stored and the peak bytes."""
+    rows = [_profile(B, N, z, rounds, max_loop) for B in batch_sizes for N in seq_lens]
     if verbose: _print_profile(rows)
     return rows
 
+def _profile(B, N, z, rounds, max_loop):
+    he, one, ct = (torch.randn(B, N) - 2).requires_grad_(), torch.ones(N-1), torch.randn(B, N, 2)
+    many, lean = (lambda h, f=f: f.apply(h, one, one, z)
+                  for f in (BatchedAnalyticBKCoreFunction, MemoryOptimizedBKCoreFunction))
+    step = lambda f: lambda: torch.autograd.grad(f(he), he, ct)
+    fs = dict(vmap=step(torch.func.vmap(many)), batched=step(many), recompute=step(lean))
+    if B <= max_loop: fs['loop'] = step(lambda x: torch.stack([many(h) for h in x]))
+    row = dict(batch_size=B, seq_len=N, loop_ms=None)
+    row |= {f'{k}_ms': t for k,t in time_together(fs, rounds).items()}
+    for k,f in (('batched', many), ('recompute', lean)):
+        row |= {f'{k}_saved': saved_bytes(lambda: f(he)), f'{k}_peak': peak_bytes(fs[k])}
+    return row
+
+# %% ../nbs/06_gradients.ipynb #2b4b4c6b
 def _print_profile(rows):
-    print(f'forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}\n    B      N     loop     vmap  batched  recompute (ms)   kept: batched  recompute  share   peak: batched  recompute (MB)   time')
+    print(f'forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}')
+    print('    B      N     loop     vmap  batched  recompute (ms)   stored: batched  recompute  share   '
+          'peak: batched  recompute (MB)   time')
     for r in rows:
         loop = '       –' if r['loop_ms'] is None else f"{r['loop_ms']:8.2f}"
-        mb = {k: r[k] / 2**20 for k in r if k.endswith(('saved', 'peak'))}
-        print(f"{r['batch_size']:5d}{r['seq_len']:7d} {loop} {r['vmap_ms']:8.2f} {r['batched_ms']:8.2f} {r['recompute_ms']:10.2f} {mb['batched_saved']:20.2f}{mb['recompute_saved']:11.2f}"
-              f"{r['recompute_saved']/r['batched_saved']:7.0%}{mb['batched_peak']:16.2f}{mb['recompute_peak']:11.2f}{r['recompute_ms']/r['batched_ms']:12.2f}×")
+        mb = {k: r[k]/2**20 for k in r if k.endswith(('saved', 'peak'))}
+        print(f"{r['batch_size']:5d}{r['seq_len']:7d} {loop} {r['vmap_ms']:8.2f} {r['batched_ms']:8.2f} "
+              f"{r['recompute_ms']:10.2f} {mb['batched_saved']:22.2f}{mb['recompute_saved']:11.2f}"
+              f"{r['recompute_saved']/r['batched_saved']:7.0%}{mb['batched_peak']:16.2f}"
+              f"{mb['recompute_peak']:11.2f}{r['recompute_ms']/r['batched_ms']:12.2f}×")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from .bk_core import keep_memory
+from .native import keep_memory
 
 # %% ../nbs/05_learner.ipynb #c0006
 import numpy as np

@@ -11,10 +11,11 @@ __all__ = ['ACTS', 'CASES', 'route', 'gumbel_noise', 'dense_moe', 'dispatch', 'g
 # %% ../nbs/03_moe.ipynb #c0004
 import math, torch
 from itertools import product
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from .mixers import BKMixer
+from .mixers import BKFeatureMixer
 
 # %% ../nbs/03_moe.ipynb #c0007
 def route(
@@ -38,9 +39,10 @@ def gumbel_noise(x:Tensor)->Tensor: # of x's shape
     return -torch.empty_like(x).exponential_().log()
 
 # %% ../nbs/03_moe.ipynb #c0012
-# name -> (function, (gradient, input) -> gradient, in the place of the first)
-ACTS = dict(gelu=(F.gelu, lambda g, h: torch.ops.aten.gelu_backward.grad_input(g, h, grad_input=g)),
-            relu=(F.relu, lambda g, h: torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)))
+def _gelu_grad(g, h): return torch.ops.aten.gelu_backward.grad_input(g, h, grad_input=g)
+def _relu_grad(g, h): return torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)
+# name -> (function, (gradient, input) -> gradient, written over the first argument)
+ACTS = dict(gelu=(F.gelu, _gelu_grad), relu=(F.relu, _relu_grad))
 
 def dense_moe(
     x:Tensor,               # (T, D)
@@ -49,7 +51,7 @@ def dense_moe(
     w2:Tensor, b2:Tensor,   # (E, H, D), (E, D) or None
     act:str='gelu',         # in `ACTS`
     kind:str='softmax',     # of router
-    st_all:bool=False,      # 'gumbel': let every expert's output reach the router's gradient, as the seeds do
+    st_all:bool=False,      # 'gumbel': every expert's output reaches the router's gradient (design notes)
     **kw,                   # k, noise, bias, tau of `route`
 ):                          # (T, D), logits (T, E)
     "All experts computed, then masked: the reference, by autograd."
@@ -67,18 +69,15 @@ def dispatch(
     E:int,          # experts
 ):                  # order (T·k,): pairs sorted by expert; token (T·k,) each works on; counts (E,)
     "Sort pairs of token and expert by expert; within an expert the tokens keep their order."
-    flat = chosen.flatten(); order = flat.argsort(stable=True)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
     return order, order//chosen.shape[1], torch.bincount(flat, minlength=E)
 
 # %% ../nbs/03_moe.ipynb #c0018
 def _one_kernel(x, w): # is F.grouped_mm there, and does it take these?
-    return (
-        hasattr(F, 'grouped_mm')
-        and x.is_cuda
-        and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and all(n % 8 == 0 for n in (*x.shape[1:], *w.shape[1:]))
-    )
+    return (hasattr(F, 'grouped_mm') and x.is_cuda and x.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(x.device) >= (8, 0)
+            and all(n % 8 == 0 for n in (*x.shape[1:], *w.shape[1:])))
 
 def _offsets(counts): return counts.cumsum(0, dtype=torch.int32)
 
@@ -114,8 +113,7 @@ def sparse_moe(
     f = grouped_rows(a, w2, counts, b2)*g.flatten()[order][:,None].to(x.dtype)
     return torch.zeros_like(x).index_add(0, token, f), logits, counts
 
-# the router never works in half precision
-def _f32(t): return t if t.dtype == torch.float64 else t.float()
+def _f32(t): return t if t.dtype == torch.float64 else t.float()  # the router never works in half precision
 
 # %% ../nbs/03_moe.ipynb #c0025
 def router_grad(
@@ -123,7 +121,7 @@ def router_grad(
     chosen:Tensor,          # (T, k)
     q:Tensor,               # (T, E) the softmax the gates come from
     tau:float=1.,
-    jacobian:str='full',    # or 'diagonal': the seeds' approximation
+    jacobian:str='full',    # or 'diagonal': the approximation of the design notes
 )->Tensor:                  # (T, E) gradient by the logits
     "From gates to logits through the softmax."
     g = torch.zeros_like(q).scatter_(-1, chosen, gg)
@@ -161,12 +159,8 @@ def _forward(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian
     a = h.relu_() if act == 'relu' else ACTS[act][0](h)               # relu needs only its output again
     f = _rows(a, w2, counts, b2).mul_(g.flatten()[order][:,None])
     if kind == 'softmax' and k > 1: p = torch.zeros_like(p).scatter_(-1, chosen, g)
-    return (
-        torch.zeros_like(x).index_add_(0, token, f),
-        logits,
-        counts,
-        (x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts),
-    )
+    return (torch.zeros_like(x).index_add_(0, token, f), logits, counts,
+            (x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts))
 
 def _backward(saved, gy, gs, tau, act, jacobian):
     x, router, w1, b1, w2, b2, h, a, p, g, chosen, order, token, counts = saved
@@ -175,27 +169,27 @@ def _backward(saved, gy, gs, tau, act, jacobian):
     gg = (a*u).sum(-1, dtype=p.dtype)
     if b2 is not None: gg += (gt*b2.repeat_interleave(counts, 0)).sum(-1)
     gate = g.flatten()[order][:,None].to(gt.dtype)
-    gt *= gate; u *= gate
+    gt *= gate
+    u *= gate
     ACTS[act][1](u, h)
     ds = router_grad(torch.empty_like(gg).index_copy_(0, order, gg).view_as(chosen), chosen, p, tau, jacobian)
     if gs is not None: ds = ds + gs                                   # what losses on the logits add
     gx = (ds @ _f32(router)).to(x.dtype).index_add_(0, token, _rows(u, w1.transpose(1, 2), counts))
-    return (
-        gx,
-        (ds.t() @ _f32(x)).to(router.dtype),
-        _outer(x.index_select(0, token), u, counts),
-        None if b1 is None else _sums(u, counts),
-        _outer(a, gt, counts),
-        None if b2 is None else _sums(gt, counts),
-    )
+    return (gx, (ds.t() @ _f32(x)).to(router.dtype), _outer(x.index_select(0, token), u, counts),
+            None if b1 is None else _sums(u, counts), _outer(a, gt, counts),
+            None if b2 is None else _sums(gt, counts))
 
 # %% ../nbs/03_moe.ipynb #c0030
 class AnalyticMoEFunction(torch.autograd.Function):
-    "The sparse form with the backward pass above: `apply(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian)` → y, logits, counts."
+    """The sparse form with the backward pass above:
+    `apply(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian)` → y, logits, counts."""
     @staticmethod
-    def forward(ctx, x, router, w1, b1, w2, b2, noise=None, bias=None, k=1, kind='softmax', act='gelu', tau=1., jacobian='full'):
-        y, logits, counts, saved = _forward(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau, jacobian)
-        ctx.save_for_backward(*saved); ctx.rest = tau, act, jacobian
+    def forward(ctx, x, router, w1, b1, w2, b2, noise=None, bias=None, k=1, kind='softmax', act='gelu',
+                tau=1., jacobian='full'):
+        y, logits, counts, saved = _forward(x, router, w1, b1, w2, b2, noise, bias, k, kind, act, tau,
+                                            jacobian)
+        ctx.save_for_backward(*saved)
+        ctx.rest = tau, act, jacobian
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return y, logits, counts
@@ -210,43 +204,31 @@ class AnalyticMoEFunction(torch.autograd.Function):
             return *_backward(saved, gy, gs, *ctx.rest), *(None,)*7
 
 # %% ../nbs/03_moe.ipynb #c0033
-CASES = dict(
-    plain={},
-    one_token=dict(T=1),
-    one_expert=dict(E=1),
-    odd=dict(T=13, D=5, H=7, E=3),
-    empty_experts=dict(closed=2),
-    no_tokens=dict(T=0),
-    wide=dict(T=40, E=9),
-    no_bias=dict(bias=False),
-)
+CASES = dict(plain={}, one_token=dict(T=1), one_expert=dict(E=1), odd=dict(T=13, D=5, H=7, E=3),
+             empty_experts=dict(closed=2), no_tokens=dict(T=0), wide=dict(T=40, E=9),
+             no_bias=dict(bias=False))
 
 def _case(T=12, D=6, H=8, E=4, closed=0, bias=True, seed=0):
     "Random float64 inputs; `closed` experts that no token can choose."
     gen = torch.Generator().manual_seed(seed)
     r = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
-    ts = [
-        r(T, D),
-        r(E, D),
-        r(E, D, H) / D**0.5,
-        r(E, H) if bias else None,
-        r(E, H, D) / H**0.5,
-        r(E, D) if bias else None,
-    ]
-    shut = torch.zeros(E, dtype=torch.float64); shut[E-closed:] = -9
+    ts = [r(T, D), r(E, D), r(E, D, H)/D**.5, r(E, H) if bias else None, r(E, H, D)/H**.5,
+          r(E, D) if bias else None]
+    shut = torch.zeros(E, dtype=torch.float64)
+    shut[E-closed:] = -9
     return [t if t is None else t.requires_grad_() for t in ts], -r(T, E).abs().add(.1).log(), shut, r(T, D)
 
 def _fd_error(f, ts, grads, seed, eps=1e-6):
-    "Largest difference between central differences of the scalar f() along a random direction of each tensor and what its gradient says, relative to gradient times direction."
+    "Largest relative distance of f's central differences along random directions from what `grads` say."
     gen, worst = torch.Generator().manual_seed(seed), 0.
     with torch.no_grad():
         for t,g in zip(ts, grads):
             if not t.numel(): continue
             d = torch.randn(t.shape, generator=gen, dtype=t.dtype)
             old = t.clone()
-            t.add_(eps * d)
+            t.add_(eps*d)
             up = f().item()
-            t.copy_(old - eps * d)
+            t.copy_(old - eps*d)
             down = f().item()
             t.copy_(old)
             worst = max(worst, abs((up-down)/(2*eps) - (g*d).sum().item())/max(1., g.norm().item()))
@@ -258,7 +240,8 @@ def validate_analytic_gradients(
     tol_fd:float=1e-7,    # against finite differences along one random direction of each tensor
     seed:int=0,
 )->dict:                  # passed, max_error, max_error_fd, cases: one dict per case
-    "The hand-written backward pass against autograd through the dense form and against finite differences, in float64, relative to the largest entry."
+    """The hand-written backward pass against autograd through the dense form and against finite differences,
+    in float64, relative to the largest entry."""
     rows, names = [], ('x', 'router', 'w1', 'b1', 'w2', 'b2')
     for (name,kw), k, kind, act in product(CASES.items(), (1, 2), ('softmax', 'gumbel'), ('gelu', 'relu')):
         ts, noise, shut, ct = _case(**kw, seed=seed)
@@ -268,70 +251,97 @@ def validate_analytic_gradients(
         need, opt = [t for t in ts if t is not None], dict(noise=noise, bias=shut, k=k)
         hand = torch.autograd.grad(loss(AnalyticMoEFunction.apply(*ts, noise, shut, k, kind, act)), need)
         auto = torch.autograd.grad(loss(dense_moe(*ts, act=act, kind=kind, **opt)), need)
-        err = max(((a-b).abs().max()/b.abs().max().clamp(min=1e-12)).item() if a.numel() else 0. for a,b in zip(hand, auto))
-        if kind == 'softmax': fd = _fd_error(lambda: loss(dense_moe(*ts, act=act, kind=kind, **opt)), need, hand, seed)
+        err = max(_relative(a, b) for a,b in zip(hand, auto))
+        if kind == 'softmax':
+            fd = _fd_error(lambda: loss(dense_moe(*ts, act=act, kind=kind, **opt)), need, hand, seed)
         else:
             with torch.no_grad(): soft = _soft_router(*ts, ct, act, opt)
-            fd = _fd_error(soft, ts[1:2], torch.autograd.grad((AnalyticMoEFunction.apply(*ts, noise, shut, k, kind, act)[0]*ct).sum(), ts[1:2]), seed)
-        rows.append(dict(case=name, k=k, router=kind, act=act, error=err, error_fd=fd, passed=err <= tol and fd <= tol_fd))
-    return dict(passed=all(r['passed'] for r in rows), max_error=max(r['error'] for r in rows), max_error_fd=max(r['error_fd'] for r in rows), cases=rows)
+            y = AnalyticMoEFunction.apply(*ts, noise, shut, k, kind, act)[0]
+            fd = _fd_error(soft, ts[1:2], torch.autograd.grad((y*ct).sum(), ts[1:2]), seed)
+        rows.append(dict(case=name, k=k, router=kind, act=act, error=err, error_fd=fd,
+                         passed=err <= tol and fd <= tol_fd))
+    return dict(passed=all(r['passed'] for r in rows), max_error=max(r['error'] for r in rows),
+                max_error_fd=max(r['error_fd'] for r in rows), cases=rows)
+
+def _relative(a, b): return ((a - b).abs().max()/b.abs().max().clamp(min=1e-12)).item() if a.numel() else 0.
 
 def _soft_router(x, R, w1, b1, w2, b2, ct, act, opt):
-    "⟨ȳ, Σ_chosen p_e f_e(x)⟩ as a function of the router, choice and f held"
+    "⟨ȳ, Σ_chosen p_e f_e(x)⟩ as a function of the router, with choice and f held fixed."
     chosen = route(F.linear(x, R), router='gumbel', **opt)[0]
-    f = torch.einsum('teh,ehd->ted', ACTS[act][0](torch.einsum('td,edh->teh', x, w1) + (0 if b1 is None else b1)), w2) + (0 if b2 is None else b2)
+    h = torch.einsum('td,edh->teh', x, w1) + (0 if b1 is None else b1)
+    f = torch.einsum('teh,ehd->ted', ACTS[act][0](h), w2) + (0 if b2 is None else b2)
     gg = (f*ct[:,None]).sum(-1).gather(1, chosen)
     return lambda: ((F.linear(x, R) + opt['noise']).softmax(-1).gather(1, chosen)*gg).sum()
 
 # %% ../nbs/03_moe.ipynb #c0040
 class SparseMoE(nn.Module):
-    "Mixture of `num_experts` feed-forwards, D → mult·D → D, of which each token computes `top_k`. Dropless, causal. `ValueError` for sizes that make no sense."
+    """Mixture of `num_experts` feed-forwards, D → mult·D → D, of which each token computes `top_k`.
+    No token is dropped; causal. `ValueError` for sizes that make no sense."""
     def __init__(self,
         d_model:int,            # D
         num_experts:int=4,      # E
         top_k:int=1,            # experts per token
         mult:float=4,           # hidden width over D
-        router:str='softmax',   # or 'gumbel': straight-through, as the seeds have it
+        router:str='softmax',   # or 'gumbel': straight-through, as in the design notes
         act:str='gelu',         # in `ACTS`
         bias:bool=False,        # of the experts
         tau:float=1.,           # temperature of the router
     ):
         super().__init__()
-        if not 1 <= top_k <= num_experts: raise ValueError(f'want 1 ≤ top_k ≤ num_experts; got top_k={top_k}, num_experts={num_experts}')
-        if router not in ('softmax', 'gumbel'): raise ValueError(f"router must be 'softmax' or 'gumbel'; got {router!r}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f'want 1 ≤ top_k ≤ num_experts; got top_k={top_k}, num_experts={num_experts}')
+        if router not in ('softmax', 'gumbel'):
+            raise ValueError(f"router must be 'softmax' or 'gumbel'; got {router!r}")
         if act not in ACTS: raise ValueError(f'act must be one of {sorted(ACTS)}; got {act!r}')
         E, D, H = num_experts, d_model, int(mult*d_model)
-        self.d_model, self.num_experts, self.top_k, self.kind, self.act, self.tau = D, E, top_k, router, act, tau
+        E, D, H = num_experts, d_model, int(mult*d_model)
+        self.d_model, self.num_experts, self.top_k = D, E, top_k
+        self.kind, self.act, self.tau = router, act, tau
         self.router = nn.Linear(D, E, bias=False)
         self.w1, self.w2 = nn.Parameter(torch.randn(E, D, H)/D**.5), nn.Parameter(torch.randn(E, H, D)/H**.5)
-        self.b1, self.b2 = (nn.Parameter(torch.zeros(E, H)), nn.Parameter(torch.zeros(E, D))) if bias else (None, None)
+        self.b1 = nn.Parameter(torch.zeros(E, H)) if bias else None
+        self.b2 = nn.Parameter(torch.zeros(E, D)) if bias else None
         for b in (self.b1, self.b2):
             if b is not None: b._no_weight_decay = True
-        # added to the probabilities for the choice; moved by `move_bias`
-        self.register_buffer('balance', torch.zeros(E))
+        self.register_buffer('balance', torch.zeros(E))   # added for the choice; moved by `move_bias`
         self.logits = self.counts = None
 
-    def forward(self, x:Tensor)->Tensor: # (..., D) -> the same
-        if x.shape[-1] != self.d_model: raise ValueError(f'want (..., {self.d_model}); got {tuple(x.shape)}')
-        dev = x.device.type
-        dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
-        with torch.autocast(dev, enabled=False):
-            ws = [self.router.weight, *(None if w is None else w.to(dt) for w in (self.w1, self.b1, self.w2, self.b2))]
-            noise = gumbel_noise(_f32(x.new_empty(x[...,0].numel(), self.num_experts))) if self.training and self.kind == 'gumbel' else None
-            y, logits, self.counts = self._mix(x.reshape(-1, self.d_model).to(dt), ws, noise)
-        self.logits = logits if self.training else None
-        return y.view(x.shape)
+# %% ../nbs/03_moe.ipynb #24ed8f26
+@patch
+def forward(self:SparseMoE,
+    x:Tensor,   # (..., D)
+)->Tensor:      # the same shape
+    "The experts' outputs, weighted and added."
+    if x.shape[-1] != self.d_model: raise ValueError(f'want (..., {self.d_model}); got {tuple(x.shape)}')
+    dev, noise = x.device.type, None
+    dt = torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
+    with torch.autocast(dev, enabled=False):
+        ws = [None if w is None else w.to(dt) for w in (self.w1, self.b1, self.w2, self.b2)]
+        flat = x.reshape(-1, self.d_model).to(dt)
+        if self.training and self.kind == 'gumbel':
+            noise = gumbel_noise(_f32(flat.new_empty(len(flat), self.num_experts)))
+        y, logits, self.counts = self._mix(flat, [self.router.weight, *ws], noise)
+    self.logits = logits if self.training else None
+    return y.view(x.shape)
 
-    def _mix(self, x, ws, noise): return sparse_moe(x, *ws, self.act, self.kind, k=self.top_k, noise=noise, bias=self.balance, tau=self.tau)
-    # a graph can be neither copied nor pickled
-    def __getstate__(self): return dict(self.__dict__, logits=None)
-    def extra_repr(self): return f'{self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, router={self.kind!r}'
+@patch
+def _mix(self:SparseMoE, x, ws, noise):
+    return sparse_moe(x, *ws, self.act, self.kind, k=self.top_k, noise=noise, bias=self.balance, tau=self.tau)
+
+@patch
+def __getstate__(self:SparseMoE): return dict(self.__dict__, logits=None)   # a graph cannot be copied
+
+@patch
+def extra_repr(self:SparseMoE):
+    return f'{self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}, router={self.kind!r}'
 
 # %% ../nbs/03_moe.ipynb #c0041
 class AnalyticMoELayer(SparseMoE):
-    "`SparseMoE` with the backward pass written by hand. `jacobian='diagonal'` is the seeds' approximation of the router's gradient."
+    """`SparseMoE` with the backward pass written by hand.
+    `jacobian='diagonal'` approximates the router's gradient as the design notes do."""
     def __init__(self, d_model:int, num_experts:int=4, top_k:int=1, jacobian:str='full', **kw):
-        if jacobian not in ('full', 'diagonal'): raise ValueError(f"jacobian must be 'full' or 'diagonal'; got {jacobian!r}")
+        if jacobian not in ('full', 'diagonal'):
+            raise ValueError(f"jacobian must be 'full' or 'diagonal'; got {jacobian!r}")
         super().__init__(d_model, num_experts, top_k, **kw)
         self.jacobian, self.saved = jacobian, None
 
@@ -342,10 +352,14 @@ class AnalyticMoELayer(SparseMoE):
         return out
 
     def analytic_backward(self, grad_output:Tensor)->Tensor: # gradient by the layer's input
-        "After a forward pass under `torch.no_grad()` in training mode: adds to the parameters' `grad`, gives back the input's gradient. `RuntimeError` without such a pass."
-        if self.saved is None: raise RuntimeError('analytic_backward wants a forward pass before it, in training mode and under torch.no_grad()')
+        """After a forward pass under `torch.no_grad()` in training mode: adds to the parameters' `grad` and
+        returns the input's gradient. `RuntimeError` without such a pass."""
+        if self.saved is None:
+            raise RuntimeError('analytic_backward wants a forward pass before it, '
+                               'in training mode and under torch.no_grad()')
         saved, self.saved = self.saved, None
-        gx, *gs = _backward(saved, grad_output.reshape(-1, self.d_model), None, self.tau, self.act, self.jacobian)
+        gx, *gs = _backward(saved, grad_output.reshape(-1, self.d_model), None, self.tau, self.act,
+                            self.jacobian)
         for p,g in zip((self.router.weight, self.w1, self.b1, self.w2, self.b2), gs):
             if p is not None: p.grad = g if p.grad is None else p.grad + g
         return gx.view(grad_output.shape)
@@ -358,8 +372,9 @@ def load_balance_loss(
     "E Σ F P of the Switch Transformer."
     return len(counts)*(counts/counts.sum().clamp(min=1) * logits.softmax(-1).mean(0)).sum()
 
-def router_z_loss(logits:Tensor # (T, E)
-)->Tensor:                      # ()
+def router_z_loss(
+    logits:Tensor,   # (T, E)
+)->Tensor:           # ()
     "Mean squared log of the partition sum."
     return logits.logsumexp(-1).square().mean()
 
@@ -415,28 +430,21 @@ def plot_usage(
     a = torch.stack([torch.as_tensor(t) for t in usage.values()]).numpy()
     ax = ax or plt.subplots(figsize=(1.5 + .5*a.shape[1], 1 + .35*len(a)))[1]
     ax.imshow(a, cmap='magma', vmin=0, aspect='auto')
-    ax.set(
-        xticks=range(a.shape[1]), yticks=range(len(a)), yticklabels=list(usage), xlabel='expert', title=title
-    )
-    for (i, j), v in ((at, a[at].item()) for at in product(*map(range, a.shape))):
-        ax.text(
-            j,
-            i,
-            f'{100*v:.0f}',
-            ha='center',
-            va='center',
-            fontsize=7,
-            color='k' if v > 0.6 * a.max() else 'w',
-        )
+    ax.set(xticks=range(a.shape[1]), yticks=range(len(a)), yticklabels=list(usage), xlabel='expert',
+           title=title)
+    for i,j in product(*map(range, a.shape)):
+        ax.text(j, i, f'{100*a[i, j]:.0f}', ha='center', va='center', fontsize=7,
+                color='k' if a[i, j] > .6*a.max() else 'w')
     return ax
 
 # %% ../nbs/03_moe.ipynb #c0070
 class MoEResNetBKLayer(nn.Module):
-    "The seeds' layer: mixture of experts → potential → diagonal of the resolvent; (B, N, D) → (B, N, D). `causal=False`: two-sided as in the seeds, not for language models."
+    """The layer of the design notes: mixture of experts → potential → diagonal of the resolvent;
+    (B, N, D) → (B, N, D). `causal=False`: two-sided as in the notes, not for language models."""
     def __init__(self, d_model:int, n_seq:int=None, num_experts:int=4, top_k:int=1, causal:bool=True, **kw):
         super().__init__()
         self.moe_ffn = AnalyticMoELayer(d_model, num_experts, top_k, **kw)
-        self.bk = BKMixer(d_model, kind='diag', absorb=False, potential='token', conv=0, causal=causal)
+        self.bk = BKFeatureMixer(d_model, absorb=False, conv=0, causal=causal)
         self.bk_scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x):
