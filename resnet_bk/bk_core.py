@@ -11,7 +11,8 @@ __all__ = ['BACKENDS', 'OptT', 'dense_resolvent', 'Reference', 'scan_op', 'scan_
 from typing import Optional, List, Tuple
 import torch
 from torch import Tensor
-from .native import find_kernel, unwatched
+from torch.autograd import forward_ad
+from .native import find_kernel, register_kernel, unwatched
 
 # %% ../nbs/01_bk_core.ipynb #c0007
 def dense_resolvent(
@@ -115,6 +116,14 @@ def _solve_backward_ref(g, Y, gY, hop):
 # %% ../nbs/01_bk_core.ipynb #c0074
 BACKENDS = {}   # name -> backend; the default for a device is chosen in `_backend`
 
+def _in_double(f, args):
+    wide = lambda x: x.to(torch.complex128 if x.is_complex() else torch.float64) if torch.is_tensor(x) else x
+    out = f(*map(wide, args))
+    single = next(x for x in args if torch.is_tensor(x)).dtype == torch.float32
+    return tuple(x.to(torch.complex64) if single else x for x in out)
+
+def _fold_sums(L): return -L.real.sum((0,1)), -L.imag.sum((0,1))
+
 class Reference:
     "The loops of this notebook, in PyTorch, on any device; forward in double, as the kernels."
     def loads(x): return True
@@ -122,20 +131,12 @@ class Reference:
     def scan_backward(g, y, gy, gg, hop, g0, y0, shape, need):
         P, L = _scan_backward_ref(g, y if gy is not None else None, gy, gg, hop, shape)
         N = shape[1]
-        t = 1.0 if hop is None else hop[:, -(N - 1) :] if N > 1 else hop[:, :0]
-        dhop, dg0, dy0 = None, None, None
+        t = 1. if hop is None else hop[:,-(N-1):] if N > 1 else hop[:,:0]
         dhop = -2*t*(g[:,:-1].conj()*L[:,1:]).real
-        if P is not None: dhop = dhop - (y[:,:-1].conj()*P[:,1:]).real
-        return (
-            L.real,
-            -L.imag,
-            P.real if P is not None else None,
-            dhop,
-            *_fold_sums(L),
-            L[:, :1],
-            P[:, :1] if P is not None else None,
-        )
-    def diag(*args): return _in_double(_diag_ref, args[:-1])
+        if P is None: return L.real, -L.imag, None, dhop, *_fold_sums(L), L[:,:1], None
+        dhop = dhop - (y[:,:-1].conj()*P[:,1:]).real
+        return L.real, -L.imag, P.real, dhop, *_fold_sums(L), L[:,:1], P[:,:1]
+    def diag(*args): return _in_double(_diag_ref, args[:6])
     def diag_backward(gl, gr, G, gG, hop, shape, need):
         L, dhop = _diag_backward_ref(gl, gr, G, gG, hop)
         return L.real, -L.imag, dhop, *_fold_sums(L)
@@ -143,35 +144,25 @@ class Reference:
     def solve_backward(g, Y, gY, hop, shape, need):
         s, L, dhop = _solve_backward_ref(g, Y, gY, hop)
         return L.real, -L.imag, s.real, dhop, *_fold_sums(L)
-
-def _in_double(f, args):
-    out = f(
-        *(
-            x.to(torch.complex128 if x.is_complex() else torch.float64) if torch.is_tensor(x) else x
-            for x in args
-        )
-    )
-    single = next(x for x in args if torch.is_tensor(x)).dtype == torch.float32
-    return tuple(x.to(torch.complex64) if single else x for x in out)
-
-def _fold_sums(L): return -L.real.sum((0,1)), -L.imag.sum((0,1))
 BACKENDS['reference'] = Reference
 
 # %% ../nbs/01_bk_core.ipynb #c0077
 def _backend(name, x):
     "The kernels of that name, or the best for the device and type of `x`."
-    best = find_kernel('ops', x.device.type)            # what a module announced for this device has registered itself by now
+    # a module announced for this device registers itself in here
+    best = find_kernel('ops', x.device.type)
     if not name: return best if best is not None and best.loads(x) else Reference
-    if name not in BACKENDS: raise ValueError(f"backend {name!r} is not here; have {sorted(BACKENDS)}")
+    if name not in BACKENDS: raise ValueError(f'backend {name!r} is not here; have {sorted(BACKENDS)}')
     if not BACKENDS[name].loads(x):
-        raise ValueError(f'backend {name!r} cannot take a {x.dtype} tensor on {x.device}, or its kernels could not be built')
+        raise ValueError(f'backend {name!r} cannot take a {x.dtype} tensor on {x.device}, '
+                         'or its kernels could not be built')
     return BACKENDS[name]
 
 def _raise(bad, eta, w, hop): # bad: 2 = a width, 1 = absorb or hop
     if bad & 2: raise ValueError(f'z must have Im z > 0 (the width η); got η down to {eta.min().item():.3g}')
-    neg = lambda t: t is not None and t.numel() and t.min() < 0
-    if neg(w): raise ValueError(f'absorb must be ≥ 0 everywhere; its smallest entry is {w.min().item():.3g}')
-    if neg(hop): raise ValueError(f'hop must be ≥ 0 everywhere; its smallest entry is {hop.min().item():.3g}')
+    for name,t in (('absorb', w), ('hop', hop)):
+        if t is not None and t.numel() and t.min() < 0:
+            raise ValueError(f'{name} must be ≥ 0 everywhere; its smallest entry is {t.min().item():.3g}')
 
 def _checked(name, x, eta, w, hop): # compiled kernels look while they compute; the reference looks here
     B = _backend(name, x)
@@ -190,24 +181,19 @@ def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is Non
 def _cont(*ts): return [_lanes(t) for t in ts]
 
 # %% ../nbs/01_bk_core.ipynb #c0079
-from typing import Optional, List, Tuple
 OptT = Optional[Tensor]
 
 # %% ../nbs/01_bk_core.ipynb #c0080
 def _scan(v, w, u, E, eta, hop, g0, y0, backend):
     shape = list(next(t for t in (v, w, u) if t is not None).shape)
-    return _checked(backend, E, eta, w, hop).scan(
-        *_cont(v, w, u),
-        _dense(E), _dense(eta), _lanes(hop), _dense(g0), _dense(y0), shape)
-
+    B = _checked(backend, E, eta, w, hop)
+    return B.scan(*_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), _dense(g0), _dense(y0), shape)
 
 @torch.library.custom_op('resnet_bk::scan', mutates_args=())
-def scan_op(
-    v: OptT, w: OptT, u: OptT, E: Tensor, eta: Tensor, hop: OptT, g0: OptT, y0: OptT, backend: str
-) -> Tuple[Tensor, Tensor]:
+def scan_op(v:OptT, w:OptT, u:OptT, E:Tensor, eta:Tensor, hop:OptT, g0:OptT, y0:OptT,
+            backend:str) -> Tuple[Tensor, Tensor]:
     "Causal pivots g = 1/l and, if u is given, mixed values y; complex (B, N, C)."
     return _scan(v, w, u, E, eta, hop, g0, y0, backend)
-
 
 @scan_op.register_fake
 def _(v, w, u, E, eta, hop, g0, y0, backend):
@@ -215,71 +201,42 @@ def _(v, w, u, E, eta, hop, g0, y0, backend):
     dt = x.dtype.to_complex()
     return x.new_empty(x.shape, dtype=dt), x.new_empty(x.shape if u is not None else 0, dtype=dt)
 
+# %% ../nbs/01_bk_core.ipynb #c0081
+def _to_state(g, hop, g0, y0, L0, P0): # gradients of the bond to the state, (B, C) or None, and of the state
+    if hop is None or hop.shape[1] < g.shape[1]: return None, -L0, -P0
+    t, bond = hop[:,0], torch.zeros_like(L0.real)
+    if g0 is not None: bond = bond - 2*t*(g0.conj()*L0).real
+    if y0 is not None: bond = bond - (y0.conj()*P0).real
+    return bond, -t*t*L0, -t*P0
 
 @torch.library.custom_op('resnet_bk::scan_backward', mutates_args=())
-def scan_backward_op(
-    g: Tensor, y: Tensor, gy: OptT, gg: OptT, hop: OptT, g0: OptT, y0: OptT, need: List[bool], backend: str
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def scan_backward_op(g:Tensor, y:Tensor, gy:OptT, gg:OptT, hop:OptT, g0:OptT, y0:OptT, need:List[bool],
+    backend:str) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Adjoint of `scan`: gradients of v, w, u, hop, E, eta, g0, y0 (empty where not needed)."
-    B = _backend(backend, g); N = g.shape[1]
+    (B,N,C), real = g.shape, g.real.dtype
     if N == 0:
-        r = g.new_zeros(g.shape, dtype=g.real.dtype)
-        s = r.new_zeros(g.shape[2])
-        return tuple(
-            x.clone()
-            for x in (
-                r,
-                r,
-                r,
-                r if hop is None else r.new_zeros(hop.shape),
-                s,
-                s,
-                g.new_zeros(g.shape[0], g.shape[2]),
-                g.new_zeros(g.shape[0], g.shape[2]),
-            )
-        )
-    dv, dw, du, dhop, dE, deta, L0, P0 = B.scan_backward(
-        *_cont(g, y if gy is not None else y, gy, gg, hop), g0, y0, list(g.shape), need
-    )
-    L0, P0 = L0[:,0], (P0[:,0] if P0 is not None and gy is not None else torch.zeros_like(L0[:,0]))
-    t = 1. if hop is None or hop.shape[1] < N else hop[:,0]         # the bond to the state
-    if need[3] and hop.shape[1] == N:
-        first = -2 * t * ((g0.conj() * L0).real if g0 is not None else 0) - (
-            (y0.conj() * P0).real if y0 is not None else 0
-        )
-        dhop = torch.cat(
-            [
-                torch.zeros_like(dv if dv is not None else g.real)[:, :1]
-                + (first[:, None] if torch.is_tensor(first) else first),
-                dhop,
-            ],
-            1,
-        )
-    real = g.real.dtype
-    return (
-        _empty(g, dv if need[0] else None, real),
-        _empty(g, dw if need[1] else None, real),
-        _empty(g, du if need[2] else None, real),
-        _empty(g, dhop if need[3] else None, real),
-        dE,
-        deta,
-        -t * t * L0,
-        -t * P0,
-    )
+        none = [g.new_zeros(g.shape, dtype=real) for _ in range(3)]
+        sums = [g.new_zeros(C, dtype=real) for _ in range(2)]
+        return *none, g.new_zeros(g.shape if hop is None else hop.shape, dtype=real), *sums, \
+               g.new_zeros(B, C), g.new_zeros(B, C)
+    K = _backend(backend, g)
+    args = [*_cont(g, y, gy, gg, hop), _dense(g0), _dense(y0)]
+    dv, dw, du, dhop, dE, deta, L0, P0 = K.scan_backward(*args, list(g.shape), need)
+    L0 = L0[:,0]
+    P0 = P0[:,0] if P0 is not None and gy is not None else torch.zeros_like(L0)
+    bond, dg0, dy0 = _to_state(g, hop, g0, y0, L0, P0)
+    if need[3] and bond is not None: dhop = torch.cat([bond[:,None], dhop], 1)
+    outs = [_empty(g, x if k else None, real) for x,k in zip((dv, dw, du, dhop), need)]
+    return *outs, dE, deta, dg0, dy0
 
-# %% ../nbs/01_bk_core.ipynb #c0081
+# %% ../nbs/01_bk_core.ipynb #58141a90
 @scan_backward_op.register_fake
 def _(g, y, gy, gg, hop, g0, y0, need, backend):
-    real = g.real.dtype
-    e = lambda k: g.new_empty(g.shape if need[k] else 0, dtype=real)
-    return (
-        e(0),
-        e(1),
-        e(2),
-        g.new_empty(hop.shape if need[3] else 0, dtype=real),
-        *(g.new_empty(g.shape[2], dtype=real) for _ in range(2)),
-        *(g.new_empty(g.shape[0], g.shape[2]) for _ in range(2)),
-    )
+    real, (B,N,C) = g.real.dtype, g.shape
+    parts = [g.new_empty(g.shape if k else 0, dtype=real) for k in need[:3]]
+    bonds = g.new_empty(hop.shape if need[3] else 0, dtype=real)
+    sums = [g.new_empty(C, dtype=real) for _ in range(2)]
+    return *parts, bonds, *sums, g.new_empty(B, C), g.new_empty(B, C)
 
 def _scan_setup(ctx, inputs, output):
     v, w, u, E, eta, hop, g0, y0, ctx.backend = inputs
@@ -291,17 +248,8 @@ def _scan_autograd(ctx, gg, gy):
     g, y, hop, g0, y0 = ctx.saved_tensors
     if gg is None and gy is None: return (None,)*9
     n = ctx.needs_input_grad
-    r = scan_backward_op(
-        g,
-        y,
-        gy if ctx.has_u else None,
-        gg,
-        hop,
-        g0,
-        y0,
-        [n[0], n[1], n[2] and gy is not None, n[5]],
-        ctx.backend,
-    )
+    need = [n[0], n[1], n[2] and gy is not None, n[5]]
+    r = scan_backward_op(g, y, gy if ctx.has_u else None, gg, hop, g0, y0, need, ctx.backend)
     dv, dw, du, dhop, dE, deta, dg0, dy0 = r
     if gy is None and n[2]: du = torch.zeros_like(g.real)
     out = [dv, dw, du, dE, deta, dhop, dg0, dy0]
@@ -311,10 +259,8 @@ torch.library.register_autograd('resnet_bk::scan', _scan_autograd, setup_context
 
 # %% ../nbs/01_bk_core.ipynb #c0083
 def _diag(v, w, E, eta, hop, backend, keep=True):
-    shape = list((v if v is not None else w).shape)
-    return _checked(backend, E, eta, w, hop).diag(
-        *_cont(v, w), _dense(E), _dense(eta), _lanes(hop), shape, keep
-    )
+    B, shape = _checked(backend, E, eta, w, hop), list((v if v is not None else w).shape)
+    return B.diag(*_cont(v, w), _dense(E), _dense(eta), _lanes(hop), shape, keep)
 
 @torch.library.custom_op('resnet_bk::diag', mutates_args=())
 def diag_op(v:OptT, w:OptT, E:Tensor, eta:Tensor, hop:OptT, backend:str) -> Tuple[Tensor, Tensor, Tensor]:
@@ -326,27 +272,23 @@ def _(v, w, E, eta, hop, backend):
     x = v if v is not None else w
     return tuple(x.new_empty(x.shape, dtype=x.dtype.to_complex()) for _ in range(3))
 
-
 @torch.library.custom_op('resnet_bk::diag_backward', mutates_args=())
-def diag_backward_op(
-    gl: Tensor, gr: Tensor, G: Tensor, gG: Tensor, hop: OptT, need: List[bool], backend: str
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def diag_backward_op(gl:Tensor, gr:Tensor, G:Tensor, gG:Tensor, hop:OptT, need:List[bool],
+                     backend:str) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Adjoint of `diag`: gradients of v, w, hop, E, eta."
-    dv, dw, dhop, dE, deta = _backend(backend, G).diag_backward(
-        *_cont(gl, gr, G, gG, hop), list(G.shape), need
-    )
-    return *(_empty(G, x if k else None, G.real.dtype) for x,k in zip((dv, dw, dhop), need)), dE, deta
-
+    B = _backend(backend, G)
+    *parts, dE, deta = B.diag_backward(*_cont(gl, gr, G, gG, hop), list(G.shape), need)
+    return *(_empty(G, x if k else None, G.real.dtype) for x,k in zip(parts, need)), dE, deta
 
 @diag_backward_op.register_fake
 def _(gl, gr, G, gG, hop, need, backend):
-    real = G.real.dtype
     shapes = [G.shape, G.shape, None if hop is None else hop.shape]
-    return (
-        *(G.new_empty(s if k else 0, dtype=real) for s, k in zip(shapes, need)),
-        G.new_empty(G.shape[2], dtype=real),
-        G.new_empty(G.shape[2], dtype=real),
-    )
+    return _fake_grads(G, shapes, need)
+
+def _fake_grads(g, shapes, need): # the parts needed, and the sums for E and η
+    real, C = g.real.dtype, g.shape[2]
+    sums = [g.new_empty(C, dtype=real) for _ in range(2)]
+    return *(g.new_empty(s if k else 0, dtype=real) for s,k in zip(shapes, need)), *sums
 
 # %% ../nbs/01_bk_core.ipynb #c0084
 def _diag_setup(ctx, inputs, output):
@@ -365,46 +307,40 @@ def _diag_autograd(ctx, gG, _l, _r):
 torch.library.register_autograd('resnet_bk::diag', _diag_autograd, setup_context=_diag_setup)
 
 # %% ../nbs/01_bk_core.ipynb #c0085
+def _solve(v, w, u, E, eta, hop, backend):
+    B = _checked(backend, E, eta, w, hop)
+    return B.solve(*_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), list(u.shape))
+
 @torch.library.custom_op('resnet_bk::solve', mutates_args=())
 def solve_op(v:OptT, w:OptT, u:Tensor, E:Tensor, eta:Tensor, hop:OptT, backend:str) -> Tuple[Tensor, Tensor]:
     "Full solve (H - z) Y = u and the left pivots; complex (B, N, C)."
-    return _checked(backend, E, eta, w, hop).solve(
-        *_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), list(u.shape)
-    )
-
+    return _solve(v, w, u, E, eta, hop, backend)
 
 @solve_op.register_fake
 def _(v, w, u, E, eta, hop, backend):
     return tuple(u.new_empty(u.shape, dtype=u.dtype.to_complex()) for _ in range(2))
 
-
 @torch.library.custom_op('resnet_bk::solve_backward', mutates_args=())
-def solve_backward_op(
-    g: Tensor, Y: Tensor, gY: Tensor, hop: OptT, need: List[bool], backend: str
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def solve_backward_op(g:Tensor, Y:Tensor, gY:Tensor, hop:OptT, need:List[bool],
+                      backend:str) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Adjoint of `solve`: gradients of v, w, u, hop, E, eta."
     *parts, dE, deta = _backend(backend, g).solve_backward(*_cont(g, Y, gY, hop), list(g.shape), need)
     return *(_empty(g, x if k else None, g.real.dtype) for x,k in zip(parts, need)), dE, deta
 
-
 @solve_backward_op.register_fake
 def _(g, Y, gY, hop, need, backend):
-    real = g.real.dtype
-    shapes = [g.shape] * 3 + [None if hop is None else hop.shape]
-    return (
-        *(g.new_empty(s if k else 0, dtype=real) for s, k in zip(shapes, need)),
-        g.new_empty(g.shape[2], dtype=real),
-        g.new_empty(g.shape[2], dtype=real),
-    )
+    return _fake_grads(g, [g.shape]*3 + [None if hop is None else hop.shape], need)
 
 def _solve_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, inputs[5]); ctx.backend = inputs[6]
+    ctx.save_for_backward(*output, inputs[5])
+    ctx.backend = inputs[6]
 
 def _solve_autograd(ctx, gY, _g):
     if gY is None: return (None,)*7
-    Y, g, hop = ctx.saved_tensors; n = ctx.needs_input_grad
+    Y, g, hop = ctx.saved_tensors
+    n = ctx.needs_input_grad
     dv, dw, du, dhop, dE, deta = solve_backward_op(g, Y, gY, hop, [n[0], n[1], n[2], n[5]], ctx.backend)
     return (*(x if k else None for x,k in zip((dv, dw, du, dE, deta, dhop), n)), None)
 
@@ -427,53 +363,102 @@ for _op in (scan_op, scan_backward_op, diag_op, diag_backward_op, solve_op, solv
     torch.library.register_vmap(_op, _vmap_rule(_op))
 
 # %% ../nbs/01_bk_core.ipynb #c0089
-def _inputs(v, u, z, absorb, hop, state=None):
-    "Check and bring to one float type: (v, u, E, eta, absorb, hop), each (B, N, C), (C,) or None."
-    given = [(n,t) for n,t in (('v',v), ('u',u), ('absorb',absorb)) if t is not None]
-    if not given: raise ValueError('give at least one of v, absorb or u: a (B, N, C) tensor')
-    shape = given[0][1].shape
-    for n,t in given:
-        if not torch.is_tensor(t) or not t.is_floating_point():
-            raise ValueError(
-                f'{n} must be a real floating tensor (B, N, C); got {getattr(t, "dtype", type(t).__name__)}'
-            )
-        if t.ndim != 3 or t.shape != shape:
-            raise ValueError(
-                f'{n} must be (B, N, C){"" if t.ndim != 3 else f" like {given[0][0]}"}; got {tuple(t.shape)}{"" if t.ndim != 3 else f", wanted {tuple(shape)}"}'
-            )
-    B,N,C = shape
-    dt = torch.float64 if any(t.dtype == torch.float64 for _,t in given) else torch.float32
-    dev = given[0][1].device
-    if not torch.is_tensor(z):
-        if complex(z).imag <= 0: raise ValueError(f'z must have Im z > 0 (the width η); got z = {z}')
-        E, eta = (torch.full((C,), x, dtype=dt, device=dev) for x in (complex(z).real, complex(z).imag))
-    else:
-        if not z.is_complex() or z.shape not in ((), (C,)): raise ValueError(f'z must be complex, a scalar or ({C},) = one per channel; got {z.dtype} {tuple(z.shape)}')
-        E, eta = z.real.to(dt).expand(C), z.imag.to(dt).expand(C)
-    return *(None if t is None else t.to(dt) for t in (v, u)), E, eta, None if absorb is None else absorb.to(dt), _hop(hop, shape, dt, dev, state is not None)
+def _transformed(): # is a functorch transform other than vmap, or forward-mode AD, at work?
+    if torch.compiler.is_compiling(): return False
+    if forward_ad._current_level >= 0: return True
+    if not torch._C._are_functorch_transforms_active(): return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(i.key() != torch._C._functorch.TransformType.Vmap for i in levels)
 
-def _hop(hop, shape, dt, dev, state):
-    B,N,C = shape
-    if hop is None: return None
-    if not torch.is_tensor(hop):
-        if hop < 0: raise ValueError(f'hop must be ≥ 0; got {hop}')
-        hop = torch.full((C,), float(hop), dtype=dt, device=dev)
-    if not hop.is_floating_point(): raise ValueError(f'hop must be real; got {hop.dtype}')
-    bonds = (max(N-1, 0), N) if state else (max(N-1, 0),)
-    if hop.ndim < 2 and hop.shape in ((), (1,), (C,)): return hop.to(dt).expand(B, bonds[-1], C)
-    if hop.ndim == 3 and hop.shape[1] in bonds and hop.shape[0] in (1, B) and hop.shape[2] in (1, C): return hop.to(dt).expand(B, hop.shape[1], C)
-    raise ValueError(f'hop must be a scalar, ({C},) or (B, N-1, C) = {(B, max(N-1,0), C)}{" or, with a state, (B, N, C)" if state else ""}; got {tuple(hop.shape)}')
+_OPS = dict(scan=(scan_op, _scan, _scan_ref), solve=(solve_op, _solve, _solve_ref),
+            diag=(diag_op, lambda *a: _diag(*a, keep=False), _diag_ref))
+
+def _call(name, *args, backend):
+    "Run an op: as loops under transforms, by the dispatcher where something watches, otherwise directly."
+    op, direct, loops = _OPS[name]
+    ts = [t for t in args if t is not None]
+    if _transformed():
+        if backend: raise ValueError(f'backend {backend!r} does not run under torch.func.grad or jvp; give None')
+        return loops(*args, next(t for t in ts if t.ndim == 3).shape)
+    watched = torch.is_grad_enabled() and any(t.requires_grad for t in ts)
+    if watched or ts[0].is_meta or not unwatched(*ts): return op(*args, backend or '')
+    return direct(*args, backend or '')   # the dispatcher costs 0.1 ms
 
 # %% ../nbs/01_bk_core.ipynb #c0090
-def _state(state, x):
+def _got(t): # of what was given, for an error
+    if not torch.is_tensor(t): return type(t).__name__
+    return f'{t.dtype} {tuple(t.shape)} on {t.device}'.replace('torch.', '')
+
+def _refuse(name, want, t): raise ValueError(f'{name} must be {want}; got {_got(t)}')
+
+def _is_real(t): return torch.is_tensor(t) and t.is_floating_point() and t.layout == torch.strided
+
+def _number(name, x, kind): # a Python or numpy number
+    try: return kind(x)
+    except (TypeError, ValueError): raise ValueError(f'{name} must be a number or a tensor; got {x!r}') from None
+
+def _spectrum(z, C, dt, dev): # E and η, one per channel
+    if not torch.is_tensor(z):
+        z = _number('z', z, complex)
+        if not z.imag > 0: raise ValueError(f'z must have Im z > 0 (the width η); got z = {z}')
+        return tuple(torch.full((C,), x, dtype=dt, device=dev) for x in (z.real, z.imag))
+    if not z.is_complex() or z.layout != torch.strided or z.shape not in ((), (C,)):
+        _refuse('z', f'complex, a scalar or ({C},) = one per channel', z)
+    if z.ndim == 0: z = z.to(dev)
+    if z.device != dev: _refuse('z', f'on {dev}, as the other tensors', z)
+    return z.real.to(dt).expand(C), z.imag.to(dt).expand(C)
+
+def _hop(hop, shape, dt, dev, state): # (B, N-1, C), with the bond to a state (B, N, C), or None
+    (B,N,C), n = shape, max(shape[1]-1, 0)
+    if hop is None: return None
+    if not torch.is_tensor(hop):
+        hop = _number('hop', hop, float)
+        if not hop >= 0: raise ValueError(f'hop must be ≥ 0; got {hop}')
+        return torch.full((C,), hop, dtype=dt, device=dev).expand(B, N if state else n, C)
+    if not _is_real(hop): _refuse('hop', 'real', hop)
+    if hop.ndim == 0: hop = hop.to(dev)
+    if hop.device != dev: _refuse('hop', f'on {dev}, as the other tensors', hop)
+    bonds = (n, N) if state else (n,)
+    if hop.ndim < 2 and hop.shape in ((), (1,), (C,)): return hop.to(dt).expand(B, bonds[-1], C)
+    if hop.ndim == 3 and hop.shape[1] in bonds and hop.shape[0] in (1, B) and hop.shape[2] in (1, C):
+        return hop.to(dt).expand(B, hop.shape[1], C)
+    more = ' or, with a state, (B, N, C)' if state else ''
+    _refuse('hop', f'a scalar, ({C},) or (B, N-1, C) = {(B, n, C)}{more}', hop)
+
+# %% ../nbs/01_bk_core.ipynb #9711af2b
+def _inputs(v, u, z, absorb, hop, state=None):
+    "Check and bring to one float type: v, u, E, eta, absorb, hop, state; each (B, N, C), (C,), (B, C) or None."
+    given = [(n,t) for n,t in (('v',v), ('u',u), ('absorb',absorb)) if t is not None]
+    if not given: raise ValueError('give at least one of v, absorb or u: a (B, N, C) tensor')
+    first, x = given[0]
+    for n,t in given:
+        if not _is_real(t): _refuse(n, 'a real floating tensor (B, N, C)', t)
+        if t.ndim != 3: _refuse(n, '(B, N, C)', t)
+        if t.shape != x.shape: _refuse(n, f'(B, N, C) like {first}, {tuple(x.shape)}', t)
+        if t.device != x.device: _refuse(n, f'on {x.device} like {first}', t)
+    dt = torch.float64 if any(t.dtype == torch.float64 for _,t in given) else torch.float32
+    v, u, w = (None if t is None else t.to(dt) for t in (v, u, absorb))
+    hop = _hop(hop, x.shape, dt, x.device, state is not None)
+    return v, u, *_spectrum(z, x.shape[2], dt, x.device), w, hop, _state(state, x, dt.to_complex())
+
+def _state(state, x, dt): # a tuple of (B, C) complex tensors, or None
+    if state is None: return None
     B,N,C = x.shape
     for s in state:
+<<<<<<< HEAD
         if s.shape != (B, C): raise ValueError(f'state must be {(B, C)} each; got {tuple(s.shape)}')
     return tuple(s.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64) for s in state)
 
 def _direct(*ts): # without the dispatcher, which costs 0.1 ms
     return unwatched(*ts) and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ts))
+=======
+        ok = torch.is_tensor(s) and s.is_complex() and s.layout == torch.strided
+        if not ok or s.shape != (B, C) or s.device != x.device:
+            _refuse('state', f'complex {(B, C)} on {x.device} each', s)
+    return tuple(s.to(dt) for s in state)
+>>>>>>> core
 
+# %% ../nbs/01_bk_core.ipynb #4f4f1dfe
 def resolvent_diag(
     v:Tensor,           # (B, N, C) real potential, in units of the hopping; None = 0 (then give absorb)
     z,                  # complex scalar or complex (C,) tensor, E + iη with η > 0
@@ -484,22 +469,16 @@ def resolvent_diag(
     # (B, C) complex, causal only: g of the token before; then hop may be (B, N, C), the bond to it first
     state:Tensor=None,
 )->Tensor:              # (B, N, C) complex, |G| ≤ 1/η
-    """Diagonal of the resolvent `(H - zI)⁻¹`, `H = tridiag(t, -2 + v - iw, t)`, by pivots (recursive Green's function); O(N), exact gradients to v, z, absorb, hop.
+    """Diagonal of the resolvent `(H - zI)⁻¹`, `H = tridiag(t, -2 + v - iw, t)`, by pivots (recursive Green's
+    function); O(N), exact gradients to v, z, absorb, hop.
 
-    Half precision is computed in float32. Raises `ValueError` for wrong shapes, complex or integer potentials, Im z ≤ 0, negative absorb or hop. Not twice differentiable."""
+    Half precision is computed in float32. Raises `ValueError` for wrong shapes, types or devices, Im z ≤ 0,
+    negative absorb or hop. Not twice differentiable, except under `torch.func`."""
     if state is not None and not causal:
-        raise ValueError(
-            'a state belongs to causal pivots; with causal=False the whole chain is solved at once'
-        )
-    v, _, E, eta, w, hop = _inputs(v, None, z, absorb, hop, state)
-    if state is not None: state = _state((state,), w if v is None else v)[0]
-    plain = _direct(v, E, w, hop, state)
-    if causal: return (_scan if plain else scan_op)(v, w, None, E, eta, hop, state, None, backend or '')[0]
-    return (
-        _diag(v, w, E, eta, hop, backend or '', keep=False)[0]
-        if plain
-        else diag_op(v, w, E, eta, hop, backend or '')[0]
-    )
+        raise ValueError('a state belongs to causal pivots; with causal=False the whole chain is solved at once')
+    v, _, E, eta, w, hop, s = _inputs(v, None, z, absorb, hop, None if state is None else (state,))
+    if not causal: return _call('diag', v, w, E, eta, hop, backend=backend)[0]
+    return _call('scan', v, w, None, E, eta, hop, s and s[0], None, backend=backend)[0]
 
 # %% ../nbs/01_bk_core.ipynb #c0093
 def resolvent_mix(
@@ -507,7 +486,7 @@ def resolvent_mix(
     u:Tensor,           # (B, N, C) real values to mix
     z,                  # complex scalar or complex (C,), E + iη with η > 0
     absorb:Tensor=None, # (B, N, C) absorbing potential w ≥ 0: the gate that forgets
-    # hopping t ≥ 0: None (= 1), scalar, (C,), (B, N-1, C); with a state also (B, N, C), the bond to the state first
+    # hopping t ≥ 0: None (= 1), scalar, (C,), (B, N-1, C); with a state also (B, N, C), the bond to it first
     hop=None,
     causal:bool=True,   # True: y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j; False: the full solve (H - z) y = u
     # (g, y), each (B, C) complex: what `return_state` gave for the tokens before; zeros = empty chain
@@ -517,25 +496,19 @@ def resolvent_mix(
 ):                      # complex (B, N, C), or ((B, N, C), state)
     """Mix values along the chain with the resolvent: O(N), exact gradients to v, u, z, absorb, hop and the state.
 
-    Causal mixing is the gated linear recurrence `y_i = g_i (u_i - t_{i-1} y_{i-1})`, `g_i = 1/(a_i - t²_{i-1} g_{i-1})`. Raises `ValueError` as `resolvent_diag`, and for a state when two-sided."""
-    if u is None:
-        raise ValueError(
-            'u, the values to mix, is missing: a (B, N, C) tensor; for the diagonal alone call resolvent_diag'
-        )
+    Causal mixing is the gated linear recurrence `y_i = g_i (u_i - t_{i-1} y_{i-1})` with
+    `g_i = 1/(a_i - t²_{i-1} g_{i-1})`. Raises `ValueError` as `resolvent_diag`, and for a state when two-sided."""
+    if u is None: raise ValueError('u, the values to mix, is missing; for the diagonal alone call resolvent_diag')
     if not causal and (state is not None or return_state):
-        raise ValueError(
-            'a state belongs to causal mixing; with causal=False the whole chain is solved at once'
-        )
-    v, u, E, eta, w, hop = _inputs(v, u, z, absorb, hop, state)
-    if not causal: return solve_op(v, w, u, E, eta, hop, backend or '')[0]
-    B,N,C = u.shape
-    if state is not None: state = _state(state, u)
-    g, y = (_scan if _direct(v, u, E, w, hop, *(state or ())) else scan_op)(
-        v, w, u, E, eta, hop, *(state or (None, None)), backend or ''
-    )
+        raise ValueError('a state belongs to causal mixing; with causal=False the whole chain is solved at once')
+    if state is not None and not (isinstance(state, (tuple, list)) and len(state) == 2):
+        _refuse('state', 'a pair (g, y)', state)
+    v, u, E, eta, w, hop, state = _inputs(v, u, z, absorb, hop, state)
+    if not causal: return _call('solve', v, w, u, E, eta, hop, backend=backend)[0]
+    g, y = _call('scan', v, w, u, E, eta, hop, *(state or (None, None)), backend=backend)
     if not return_state: return y
-    if N: return y, (g[:,-1], y[:,-1])
-    return y, state or (g.new_zeros(B, C), g.new_zeros(B, C))
+    if y.shape[1]: return y, (g[:,-1], y[:,-1])
+    return y, state or tuple(torch.zeros_like(y[:,:0].sum(1)) for _ in range(2))
 
 # %% ../nbs/01_bk_core.ipynb #c0120
 def get_tridiagonal_inverse_diagonal(
