@@ -445,18 +445,10 @@ def _state(state, x, dt): # a tuple of (B, C) complex tensors, or None
     if state is None: return None
     B,N,C = x.shape
     for s in state:
-<<<<<<< HEAD
-        if s.shape != (B, C): raise ValueError(f'state must be {(B, C)} each; got {tuple(s.shape)}')
-    return tuple(s.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64) for s in state)
-
-def _direct(*ts): # without the dispatcher, which costs 0.1 ms
-    return unwatched(*ts) and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ts))
-=======
         ok = torch.is_tensor(s) and s.is_complex() and s.layout == torch.strided
         if not ok or s.shape != (B, C) or s.device != x.device:
             _refuse('state', f'complex {(B, C)} on {x.device} each', s)
     return tuple(s.to(dt) for s in state)
->>>>>>> core
 
 # %% ../nbs/01_bk_core.ipynb #4f4f1dfe
 def resolvent_diag(
