@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from huggingface_hub import PyTorchModelHubMixin
 from .native import find_kernel
-from .mixers import BKMixer, BKAttention
+from .mixers import BKMixer, BKAttention, BKFeatureMixer
 from .moe import AnalyticMoELayer, SparseMoE
 
 # %% ../nbs/04_model.ipynb #c0007
-def _diag(cfg, **kw): return BKMixer(cfg.d_model, kind='diag', causal=cfg.causal, **kw)
+def _diag(cfg, **kw): return BKFeatureMixer(cfg.d_model, causal=cfg.causal, **kw)
 def _resolvent(cfg, **kw): return BKMixer(cfg.d_model, causal=cfg.causal, **{'expand': cfg.expand, **kw})
 def _attention(cfg, **kw):
     if not cfg.causal:
