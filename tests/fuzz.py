@@ -418,7 +418,7 @@ def compare(c, got, *rest, **kw):
     c.last = got[0]
     return _compare(c, got, *rest, **kw)
 
-ASAN = '-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g -fno-omit-frame-pointer'
+ASAN = '-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g1 -fno-omit-frame-pointer'
 
 def sanitizer_env(folder):
     "The environment of a child whose kernels are watched."
@@ -426,6 +426,27 @@ def sanitizer_env(folder):
     libs = [subprocess.run([cxx, f'-print-file-name=lib{n}.so'], capture_output=True, text=True).stdout.strip() for n in ('asan', 'ubsan')]
     return {**os.environ, 'LD_PRELOAD': ' '.join(libs), 'ASAN_OPTIONS': 'detect_leaks=0:halt_on_error=1:allocator_may_return_null=1',
             'UBSAN_OPTIONS': 'halt_on_error=1:print_stacktrace=1', 'RESNET_BK_CXXFLAGS': ASAN, 'TORCH_EXTENSIONS_DIR': str(folder), 'CXX': cxx}
+
+BUILD = """
+import subprocess, sys, torch
+from resnet_bk import native, cpu_kernels, decoder, fused_layers
+libs = [t[k] for k in (torch.float32, torch.float64) for t in (cpu_kernels.CORE, fused_layers.LAYER, fused_layers.ATTENTION)] + [decoder.DECODE]
+cxx, folder = native.find_compiler(), native.cache_folder()
+def start(l):
+    (folder/f'{l.name}.cpp').write_text(l.source)
+    return subprocess.Popen([cxx, *native._usable(cxx, folder), '-fPIC', '-shared', str(folder/f'{l.name}.cpp'), '-o', str(folder/f'{l.name}.new')])
+libs = [l for l in libs if not native._whole(l.path)]
+while libs:
+    now, libs = libs[:2], libs[2:]
+    for l,p in [(l, start(l)) for l in now]:
+        if p.wait() == 0: native._install(folder/f'{l.name}.new', l.path)
+        else: print('does not compile:', l.name)
+"""
+
+def build(env):
+    "Fill the cache without the sanitizer in the compiler's own process, where it would only cost time."
+    r = subprocess.run([sys.executable, '-c', BUILD], env={k: v for k,v in env.items() if k != 'LD_PRELOAD'}, capture_output=True, text=True)
+    return f'built with sanitizers: exit {r.returncode} {r.stdout}{r.stderr[-2000:]}'
 
 def main():
     p = argparse.ArgumentParser()
@@ -437,8 +458,11 @@ def main():
     a = p.parse_args()
     if a.sanitize:
         with tempfile.TemporaryDirectory() as tmp:
+            env = sanitizer_env(a.cache or tmp)
+            said = build(env)
+            print(said)
             cmd = [sys.executable, __file__, '--cases', str(a.cases), '--seed', str(a.seed), *(['--only', a.only] if a.only else [])]
-            sys.exit(subprocess.run(cmd, env=sanitizer_env(a.cache or tmp)).returncode)
+            sys.exit(subprocess.run(cmd, env=env).returncode)
     counts, outcomes, failures = fuzz(a.cases, a.seed, a.only)
     print(f'{counts.total()} cases:', ', '.join(f'{n} {k}' for n,k in counts.items()))
     print(', '.join(f'{k} gave {n}s' for n,k in outcomes.items()))
