@@ -1,24 +1,68 @@
 "What holds the house together: floors between notebooks, README from index, names the package promises, no machine's paths."
-import importlib, importlib.util, json, re, subprocess, sys
+import ast, importlib, importlib.util, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
 
 top = Path(__file__).resolve().parents[1]
-notebooks = {p: json.loads(p.read_text(encoding='utf8')) for p in sorted((top/'nbs').glob('[0-9][0-9]_*.ipynb'))}
-code = {p: '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code') for p,nb in notebooks.items()}
+notebooks = {p: json.loads(p.read_text(encoding='utf8')) for p in sorted((top/'nbs').glob('[0-9][0-9]*_*.ipynb'))}
+cells = {p: [(c['cell_type'], ''.join(c['source'])) for c in nb['cells']] for p,nb in notebooks.items()}
+code = {p: '\n'.join(s for kind,s in cs if kind == 'code') for p,cs in cells.items()}
 made_in = {re.search(r'#\|\s*default_exp\s+(\w+)', s).group(1): p for p,s in code.items()}
+modules = {m: ast.parse((top/'resnet_bk'/f'{m}.py').read_text(encoding='utf8')) for m in made_in}
 
-UPWARDS = {('01_bk_core', 'hardware'), ('10_hardware', 'benchmarks')}   # looked up when called, never imported with the module: a backend's plug-in, the rivals of a command
+def floor(p): # 04b -> (4, 'b')
+    n, letter = re.match(r'(\d+)([a-z]*)_', p.name).groups()
+    return int(n), letter
 
 def test_a_notebook_imports_only_lower_ones():
-    assert len(made_in) >= 7
+    assert len(made_in) >= 10
     for p,s in code.items():
-        for m in set(re.findall(r'resnet_bk\.(\w+)', s)):
-            if m in made_in and made_in[m] != p and (p.stem, m) not in UPWARDS: assert made_in[m].name < p.name, f'{p.name} imports {m} from {made_in[m].name}'
-    for stem,m in UPWARDS:
-        found = [l for p,s in code.items() if p.stem == stem for l in s.splitlines() if f'resnet_bk.{m}' in l and 'python -m' not in l]
-        assert found and all('import_module' in l for l in found), f'{stem} names {m} other than at the call: {found}'
+        for l in s.splitlines():
+            if l.lstrip().startswith(('!', '#')) or 'python -m' in l: continue
+            for m in re.findall(r'resnet_bk\.(\w+)', l):
+                if m in made_in and made_in[m] != p: assert floor(made_in[m]) < floor(p), f'{p.name} imports {m} from {made_in[m].name}'
+    for m,tree in modules.items():
+        for n in ast.walk(tree):
+            if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module in made_in:
+                assert floor(made_in[n.module]) < floor(made_in[m]), f'{m} imports {n.module} from above'
+
+@pytest.mark.parametrize('module', list(modules))
+def test_no_name_of_another_module_is_rebound(module):
+    tree, imported = modules[module], set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.level and n.module is None: imported |= {a.asname or a.name for a in n.names}
+        if isinstance(n, ast.ImportFrom) and n.module == 'resnet_bk': imported |= {a.asname or a.name for a in n.names}
+        if isinstance(n, ast.Import): imported |= {a.asname or a.name.split('.')[0] for a in n.names}
+    imported -= {'os'}                                    # os.environ is judged elsewhere
+    for n in ast.walk(tree):
+        targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, (ast.AugAssign, ast.AnnAssign)) else []
+        for t in (t for target in targets for t in ast.walk(target)):
+            if isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name): assert t.value.id not in imported, f'{module}, line {n.lineno}: {ast.unparse(t)} is another module\'s'
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == 'setattr' and isinstance(n.args[0], ast.Name):
+            assert n.args[0].id not in imported, f'{module}, line {n.lineno}: setattr on {n.args[0].id}'
+
+@pytest.mark.parametrize('p', list(notebooks), ids=lambda p: p.stem)
+def test_lines_and_cells_fit_a_page(p):
+    for kind,s in cells[p]:
+        if kind != 'code' or not s.strip(): continue
+        lines = s.splitlines()
+        assert len(lines) <= 40, f'{p.name}: a cell of {len(lines)} lines: {lines[0]}'
+        long = [l for l in lines if len(l) > 110]
+        assert not long, f'{p.name}: {len(long)} lines of more than 110 columns in a cell, the widest {max(map(len, long))}: {long[0][:80]}'
+
+@pytest.mark.parametrize('p', [*notebooks, top/'nbs'/'index.ipynb', top/'README.md'], ids=lambda p: p.stem)
+def test_words_of_the_reader(p):
+    text = p.read_text(encoding='utf8')
+    if p.suffix == '.ipynb': text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
+    assert not re.search(r'\|\s*wanted\b', text), f'{p.name} has a column "wanted"'
+    assert not re.search(r'\bthe seeds\b|\bseeds\' ', text, re.I), f'{p.name} speaks of "the seeds"'
+
+IMPORT = 'import time, torch; t = time.perf_counter(); import resnet_bk.model, sys; print(time.perf_counter() - t, "torch._dynamo" in sys.modules)'
+def test_importing_the_model_is_quick():
+    said = [subprocess.run([sys.executable, '-c', IMPORT], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    assert all(dynamo == 'False' for _,dynamo in said), 'torch._dynamo is imported'
+    assert sorted(float(t) for t,_ in said)[1] < .8, f'seconds after torch: {[t for t,_ in said]}'
 
 def test_readme_is_the_index_notebook():
     spec = importlib.util.spec_from_file_location('readme', top/'.ci'/'readme.py'); m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
@@ -26,20 +70,21 @@ def test_readme_is_the_index_notebook():
 
 def test_every_notebook_shows_something():
     for p,nb in notebooks.items():
-        cells = [c for c in nb['cells'] if c['cell_type'] == 'code']; out = [o for c in cells for o in c['outputs']]
+        codes = [c for c in nb['cells'] if c['cell_type'] == 'code']
+        out = [o for c in codes for o in c['outputs']]
         assert any('image/png' in o.get('data', {}) for o in out), f'{p.name} has no saved picture'
         assert not any(o['output_type'] == 'error' for o in out), f'{p.name} was saved with an error'
-        assert max(len(''.join(c['source']).splitlines()) for c in cells) <= 40, f'{p.name} has a cell of more than 40 lines'
         assert 'colab' in json.dumps(nb['cells'][:3]).lower(), f'{p.name} has no Colab badge'
-        slow = [c for c in cells if re.search(r'^#\|\s*slow', ''.join(c['source']), re.M)]
+        slow = [c for c in codes if re.search(r'^#\|\s*slow', ''.join(c['source']), re.M)]
         assert all(c['outputs'] or 'plt' not in ''.join(c['source']) for c in slow), f'{p.name}: a slow cell with a plot was never run'
 
 @pytest.mark.parametrize('module, names', [
-    ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention resolvent_attention'),
+    ('native', 'Cpp CppLibrary Call ready check_tensor unwatched register_kernel find_kernel keep_memory'), ('cpu_kernels', 'CppKernels'),
+    ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention BKFeatureMixer resolvent_attention'), ('fused_layers', 'fused_layer'), ('decoder', 'Decoder'),
     ('moe', 'SparseMoE AnalyticMoELayer AnalyticMoEFunction validate_analytic_gradients MoEResNetBKLayer'),
     ('gradients', 'BKCoreFunction GradBlendOptimizer GradBlendResult MixedPrecisionBKCoreFunction validate_mixed_precision_accuracy benchmark_mixed_precision BatchedAnalyticBKCoreFunction MemoryOptimizedBKCoreFunction profile_batched_gradient'),
     ('hardware', 'CUDAOptimizedBKCore MixedPrecisionTrainer gpu_check gpu_benchmark'),
-    ('model', 'ModelConfig ResNetBK ResNetBKBlock Decoder'), ('learner', 'Learner TrainingMetrics NumericalStabilityMonitor'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate')])
+    ('model', 'ModelConfig ResNetBK ResNetBKBlock'), ('learner', 'Learner TrainingMetrics NumericalStabilityMonitor'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate')])
 def test_promised_names(module, names):
     m = importlib.import_module(f'resnet_bk.{module}')
     for n in names.split(): assert (getattr(m, n).__doc__ or '').strip(), f'{module}.{n} is missing or undocumented'

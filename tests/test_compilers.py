@@ -1,0 +1,44 @@
+"All C++ of the package with every compiler of the list that is installed, with and without OpenMP; a value from two of them."
+import os, shutil, subprocess, sys
+import pytest, torch
+from resnet_bk import native, cpu_kernels, decoder, fused_layers
+
+NAMES = [f'g++-{n}' for n in range(9, 15)] + [f'clang++-{n}' for n in range(14, 20)]
+found = [c for c in NAMES if shutil.which(c)] or [c for c in ('g++', 'clang++') if shutil.which(c)]
+LIBRARIES = [*cpu_kernels.CORE.values(), *fused_layers.LAYER.values(), *fused_layers.ATTENTION.values(), decoder.DECODE]
+
+def _takes(cxx, flag, folder): return native._compiles(cxx, [flag], folder)
+
+def test_which_compilers(capfd):
+    with capfd.disabled(): print(f'\ncompilers tried: {", ".join(found)}; not here: {", ".join(c for c in NAMES if c not in found)}')
+    if not found: pytest.skip('no C++ compiler')
+
+@pytest.mark.parametrize('openmp', [True, False], ids=['openmp', 'no openmp'])
+@pytest.mark.parametrize('cxx', found)
+def test_compiles(cxx, openmp, tmp_path):
+    if openmp and not _takes(cxx, '-fopenmp', tmp_path): pytest.skip(f'{cxx} has no OpenMP here')
+    flags = [f for f in native._FLAGS if f != '-O3'] + ['-O0', '-fsyntax-only', *(['-fopenmp'] if openmp else [])]
+    flags += [native._NATIVE] if _takes(cxx, native._NATIVE, tmp_path) else []
+    failed = []
+    for l in LIBRARIES:
+        (tmp_path/'k.cpp').write_text(l.source)
+        r = subprocess.run([cxx, *flags, 'k.cpp'], cwd=tmp_path, capture_output=True, text=True)
+        if r.returncode: failed.append(f'{l.name}: {next((e for e in r.stderr.splitlines() if "error" in e), r.stderr[:300])}')
+    assert not failed, f'{cxx}: ' + '\n'.join(failed)
+
+VALUE = '''
+import torch
+from resnet_bk import cpu_kernels
+from resnet_bk.bk_core import dense_resolvent, resolvent_diag
+assert cpu_kernels.CORE[torch.float64].load() is not None
+v = torch.randn(2, 9, 5, dtype=torch.float64)
+want = dense_resolvent(v, .3 + .5j).diagonal(dim1=-2, dim2=-1).movedim(1, 2)
+assert (resolvent_diag(v, .3 + .5j, backend='cpp') - want).abs().max() < 1e-12
+print('equal')
+'''
+
+@pytest.mark.parametrize('cxx', [c for c in (next((c for c in found if c[0] == k), None) for k in 'gc') if c])
+def test_value(cxx, tmp_path):
+    env = {**os.environ, 'CXX': shutil.which(cxx), 'TORCH_EXTENSIONS_DIR': str(tmp_path)}
+    r = subprocess.run([sys.executable, '-c', VALUE], env=env, capture_output=True, text=True)
+    assert r.returncode == 0 and 'equal' in r.stdout, r.stderr[-2000:]
