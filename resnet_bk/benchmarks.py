@@ -30,11 +30,8 @@ def table(rows:list, # of dicts with the same keys
           title:str='')->str:
     "Rows as text with aligned columns."
     keys = list(rows[0])
-    cell = lambda x: (
-        f'{x:,.4g}'
-        if isinstance(x, float) and not (1 <= abs(x) < 1e4)
-        else f'{x:,.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x)
-    )
+    cell = lambda x: (f'{x:,.4g}' if isinstance(x, float) and not (1 <= abs(x) < 1e4) else f'{x:,.3f}'
+                      if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x))
     cols = [[k] + [cell(r[k]) for r in rows] for k in keys]
     w = [max(map(len, c)) for c in cols]
     lines = ['  '.join(c[i].ljust(w[j]) if j == 0 else c[i].rjust(w[j]) for j,c in enumerate(cols)) for i in range(len(rows)+1)]
@@ -45,24 +42,18 @@ class _SDPA(nn.Module):
     "Causal multi-head attention by `scaled_dot_product_attention`."
     def __init__(self, d, heads):
         super().__init__()
-        self.heads, self.qkv, self.out_proj = (
-            heads,
-            nn.Linear(d, 3 * d, bias=False),
-            nn.Linear(d, d, bias=False),
-        )
+        self.heads, self.qkv, self.out_proj = (heads, nn.Linear(d, 3 * d, bias=False),
+                                               nn.Linear(d, d, bias=False))
     def forward(self, x, *_):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return self.out_proj(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
-        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1,
+            2).flatten(-2))
 
 class GPT(ResNetBK):
     "The transformer of the same shape: our block with attention in the mixer slot, and a position embedding."
     def __init__(self, vocab_size:int, d_model:int=128, n_layers:int=4, n_heads:int=4, context:int=512):
-        super().__init__(
-            ModelConfig(vocab_size, d_model, n_layers, ffn_mult=4, tie=True),
-            make_mixer=lambda cfg, i: _SDPA(d_model, n_heads),
-        )
+        super().__init__(ModelConfig(vocab_size, d_model, n_layers, ffn_mult=4, tie=True),
+                         make_mixer=lambda cfg, i: _SDPA(d_model, n_heads))
         self.position = nn.Parameter(torch.randn(context, d_model)*.02)
         self.embed.register_forward_hook(lambda m, i, h: h + self.position[:h.shape[1]])
 
@@ -70,11 +61,9 @@ class LSTM(nn.Module):
     "`torch.nn.LSTM` with a tied embedding."
     def __init__(self, vocab_size:int, d_model:int=230, n_layers:int=2):
         super().__init__()
-        self.embed, self.lstm, self.bias = (
-            nn.Embedding(vocab_size, d_model),
-            nn.LSTM(d_model, d_model, n_layers, batch_first=True),
-            nn.Parameter(torch.zeros(vocab_size)),
-        )
+        self.embed, self.lstm, self.bias = (nn.Embedding(vocab_size, d_model),
+                                            nn.LSTM(d_model, d_model, n_layers, batch_first=True),
+                                            nn.Parameter(torch.zeros(vocab_size)))
         nn.init.normal_(self.embed.weight, std=.1)
     def forward(self, x): return F.linear(self.lstm(self.embed(x))[0], self.embed.weight, self.bias)
 
@@ -82,11 +71,9 @@ class LSTM(nn.Module):
 # name -> function that makes the model
 def language_models(vocab_size:int, context:int, d:int=128, layers:int=4)->dict:
     "ResNet-BK and its rivals at the size of the benchmark."
-    return {
-        'ResNet-BK': lambda: ResNetBK(ModelConfig(vocab_size, d, layers)),
-        'GPT': lambda: GPT(vocab_size, d, layers, context=context),
-        'LSTM': lambda: LSTM(vocab_size, int(1.8 * d)),
-    }
+    return {'ResNet-BK': lambda: ResNetBK(ModelConfig(vocab_size, d, layers)),
+            'GPT': lambda: GPT(vocab_size, d, layers, context=context),
+            'LSTM': lambda: LSTM(vocab_size, int(1.8 * d))}
 
 # nats, seconds, the model; `kw` for `Learner`
 def train_once(make, data, steps:int, lr:float, seed:int=0, **kw)->dict:
@@ -100,24 +87,14 @@ def train_once(make, data, steps:int, lr:float, seed:int=0, **kw)->dict:
     return dict(nats=learn.evaluate()['nats'], seconds=t, model=model)
 
 # %% ../nbs/15_benchmarks.ipynb #c0013
-def compare_language(
-    data, steps: int, pilot: int = 200, lrs=(3e-3, 1e-2, 2e-2), make: dict = None, seed: int = 0
-) -> list:
+def compare_language(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None,
+                     seed:int=0) -> list:
     """Every model: a short pilot at each learning rate, then the whole run with the best. Then the LSTM at our learning rate; ours with as many steps as fit into the time of a rival that was faster,
     and once more in bfloat16."""
     make, rows = make or language_models(data.vocab_size, data.train.context), []
     def row(name, lr, n, **r):
-        rows.append(
-            dict(
-                model=name,
-                lr=lr,
-                steps=n,
-                nats=r['nats'],
-                bpb=data.report(r['nats'])['bpb'],
-                seconds=r['seconds'],
-                params=sum(p.numel() for p in r['model'].parameters()),
-            )
-        )
+        rows.append(dict(model=name, lr=lr, steps=n, nats=r['nats'], bpb=data.report(r['nats'])['bpb'],
+                         seconds=r['seconds'], params=sum(p.numel() for p in r['model'].parameters())))
 
     for name,f in make.items():
         trial = {lr: train_once(f, data, pilot, lr, seed)['nats'] for lr in lrs}
@@ -137,21 +114,10 @@ def compare_language(
     row("ResNet-BK bf16, LSTM's time", lr, n, **train_once(f, data, n, lr, seed, **bf16))
     return rows
 
-
 def with_floors(rows, data): # floors as the last rows of the table
-    return rows + [
-        dict(
-            rows[0],
-            model=f'{n} floor',
-            lr='',
-            steps='',
-            seconds='',
-            params='',
-            nats=v,
-            bpb=data.report(v)['bpb'],
-        )
-        for n, v in (('bigram', data.floors.bigram), ('unigram', data.floors.unigram))
-    ]
+    return rows + [dict(rows[0], model=f'{n} floor', lr='', steps='', seconds='', params='', nats=v,
+                        bpb=data.report(v)['bpb']) for n, v in (('bigram', data.floors.bigram),
+        ('unigram', data.floors.unigram))]
 
 # %% ../nbs/15_benchmarks.ipynb #c0023
 class RecallData:
@@ -159,13 +125,8 @@ class RecallData:
     class Stream:
 
         def __init__(self, batch_size, n_pairs, seed, n=None):
-            self.batch_size, self.n_pairs, self.seed, self.n, self.context = (
-                batch_size,
-                n_pairs,
-                seed,
-                n,
-                3 * n_pairs + 1,
-            )
+            self.batch_size, self.n_pairs, self.seed, self.n, self.context = (batch_size, n_pairs, seed, n,
+                3 * n_pairs + 1)
 
         def forever(self):
             g = torch.Generator().manual_seed(self.seed)
@@ -178,30 +139,22 @@ class RecallData:
         def load_state_dict(self, d): self.seed = d['seed']
     def __init__(self, n_pairs:int, batch_size:int=64, seed:int=0):
         from resnet_bk.data import Floors
-        self.train, self.valid, self.vocab_size, self.name = (
-            self.Stream(batch_size, n_pairs, seed),
-            self.Stream(250, n_pairs, seed + 10**6, 4),
-            64,
-            f'recall, {n_pairs} pairs',
-        )
+        self.train, self.valid, self.vocab_size, self.name = (self.Stream(batch_size, n_pairs, seed),
+            self.Stream(250, n_pairs, seed + 10**6, 4), 64, f'recall, {n_pairs} pairs')
         self.floors, self.bytes_per_token = Floors(math.log(32), math.log(n_pairs)), 1.
     def report(self, nats): return dict(nats=nats, ppl=math.exp(nats), bpb=nats/math.log(2))
 
 def recall(make, n_pairs:int, steps:int=1000, lr:float=3e-3, seed:int=0)->float: # accuracy at the queries
     "Train on recall with `n_pairs` pairs; accuracy on 1000 new sequences."
     torch.manual_seed(seed)
-    learn = Learner(
-        make(), RecallData(n_pairs, seed=seed), lr=lr, eval_every=0, checkpoint_every=0, seed=seed
-    )
+    learn = Learner(make(), RecallData(n_pairs, seed=seed), lr=lr, eval_every=0, checkpoint_every=0,
+                    seed=seed)
     learn.fit(steps=steps); learn.evaluate()
     return learn.valid_accuracy
 
 def recall_models(d:int=64, layers:int=2)->dict:
-    return {
-        'ResNet-BK': lambda: ResNetBK(ModelConfig(64, d, layers)),
-        'GPT': lambda: GPT(64, d, layers, context=128),
-        'LSTM': lambda: LSTM(64, d),
-    }
+    return {'ResNet-BK': lambda: ResNetBK(ModelConfig(64, d, layers)),
+            'GPT': lambda: GPT(64, d, layers, context=128), 'LSTM': lambda: LSTM(64, d)}
 
 # %% ../nbs/15_benchmarks.ipynb #c0027
 def train_step(model, B:int, N:int, bf16:bool=False):
@@ -221,12 +174,9 @@ class MambaLM(nn.Module):
         super().__init__()
         from mambapy.mamba import Mamba, MambaConfig
 
-        self.embed, self.mamba, self.norm, self.bias = (
-            nn.Embedding(vocab_size, d_model),
-            Mamba(MambaConfig(d_model=d_model, n_layers=n_layers)),
-            nn.RMSNorm(d_model),
-            nn.Parameter(torch.zeros(vocab_size)),
-        )
+        self.embed, self.mamba, self.norm, self.bias = (nn.Embedding(vocab_size, d_model),
+                                                        Mamba(MambaConfig(d_model=d_model,
+            n_layers=n_layers)), nn.RMSNorm(d_model), nn.Parameter(torch.zeros(vocab_size)))
     def forward(self, x): return F.linear(self.norm(self.mamba(self.embed(x))), self.embed.weight, self.bias)
 
 # %% ../nbs/15_benchmarks.ipynb #c0030
@@ -239,16 +189,13 @@ def layer_step(layer, B, N, d=128):
 # %% ../nbs/15_benchmarks.ipynb #c0033
 def default_models()->dict: # name -> arguments of `ModelConfig`
     "The default model and what it was chosen from."
-    return {
-        'both, resolvent ×2 (default)': {},
-        'attention, resolvent ×2': dict(mixer=('attention', 'resolvent')),
-        'resolvent ×2': dict(mixer='resolvent'),
-        'attention': dict(mixer='attention'),
-        'attention, resolvent ×1, feed-forward': dict(mixer=('attention', 'resolvent'), expand=1, ffn_mult=4),
-        'resolvent ×1, feed-forward': dict(mixer='resolvent', expand=1, ffn_mult=4),
-        'both, resolvent ×1, twice the layers': dict(expand=1, layers=2),
-        'default, tied': dict(tie=True),
-    }
+    return {'both, resolvent ×2 (default)': {}, 'attention, resolvent ×2': dict(mixer=('attention',
+        'resolvent')), 'resolvent ×2': dict(mixer='resolvent'), 'attention': dict(mixer='attention'),
+            'attention, resolvent ×1, feed-forward': dict(mixer=('attention', 'resolvent'), expand=1,
+                                                          ffn_mult=4),
+            'resolvent ×1, feed-forward': dict(mixer='resolvent', expand=1, ffn_mult=4),
+            'both, resolvent ×1, twice the layers': dict(expand=1, layers=2),
+            'default, tied': dict(tie=True)}
 
 def default_model(name:str, vocab_size:int, d:int=128, layers:int=4)->ResNetBK:
     "One of `default_models`."
@@ -261,15 +208,11 @@ def machine_rates()->dict: # GB/s and GFLOP/s
     a, b = torch.randn(2**25), torch.empty(2**25)
     x, w = torch.randn(8192, 512), torch.randn(512, 512)
     xb, wb = x.bfloat16(), w.bfloat16()
-    t = time_together(
-        {'copy': lambda: b.copy_(a), 'f32': lambda: F.linear(x, w), 'bf16': lambda: F.linear(xb, wb)}, 9
-    )
+    t = time_together({'copy': lambda: b.copy_(a), 'f32': lambda: F.linear(x, w),
+                       'bf16': lambda: F.linear(xb, wb)}, 9)
     flops = 2 * 8192 * 512 * 512
-    return {
-        'copy GB/s': 2 * a.numel() * 4 / t['copy'] / 1e6,
-        'float32 GFLOP/s': flops / t['f32'] / 1e6,
-        'bfloat16 GFLOP/s': flops / t['bf16'] / 1e6,
-    }
+    return {'copy GB/s': 2 * a.numel() * 4 / t['copy'] / 1e6, 'float32 GFLOP/s': flops / t['f32'] / 1e6,
+            'bfloat16 GFLOP/s': flops / t['bf16'] / 1e6}
 
 # %% ../nbs/15_benchmarks.ipynb #c0043
 def profile(f, n:int=5, top:int=12)->str:
@@ -279,16 +222,8 @@ def profile(f, n:int=5, top:int=12)->str:
         for _ in range(n): f()
     ev = sorted(p.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in ev)
-    return table(
-        [
-            {
-                'operation': e.key[:48],
-                'ms': e.self_cpu_time_total / 1e3 / n,
-                'share %': 100 * e.self_cpu_time_total / total,
-            }
-            for e in ev[:top]
-        ]
-    )
+    return table([{'operation': e.key[:48], 'ms': e.self_cpu_time_total / 1e3 / n,
+                   'share %': 100 * e.self_cpu_time_total / total} for e in ev[:top]])
 
 # %% ../nbs/15_benchmarks.ipynb #c0047
 _memory_code = '''
@@ -323,24 +258,19 @@ def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->di
             for _ in range(tokens):
                 l, s = model.step(t, s)
                 t = l.argmax(-1)
-        return {
-            n: t / tokens
-            for n, t in time_together({n: (lambda n=n: run(n)) for n in contexts}, rounds).items()
-        }
+        return {n: t / tokens for n, t in time_together({n: (lambda n=n: run(n)) for n in contexts},
+                                                        rounds).items()}
 
 # %% ../nbs/15_benchmarks.ipynb #c0054
 # name -> (function that makes the model, callback or None)
 def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict:
     "The default model without feed-forward, with a dense one, and with mixtures of experts."
     make = lambda **kw: lambda: ResNetBK(ModelConfig(vocab_size, d, layers, **kw))
-    return {
-        'dense, 4·D': (make(ffn_mult=4), None),
-        'none': (make(), None),
-        'top-1 of 4': (make(experts=4), MoEBalance),
-        'top-2 of 4': (make(experts=4, top_k=2), MoEBalance),
-        'top-2 of 4, 2·D': (make(experts=4, top_k=2, ffn_mult=2), MoEBalance),
-        'top-1 of 4, unbalanced': (make(experts=4), lambda: MoEBalance(0.0, 0.0)),
-    }
+    return {'dense, 4·D': (make(ffn_mult=4), None), 'none': (make(), None),
+            'top-1 of 4': (make(experts=4), MoEBalance),
+            'top-2 of 4': (make(experts=4, top_k=2), MoEBalance),
+            'top-2 of 4, 2·D': (make(experts=4, top_k=2, ffn_mult=2), MoEBalance),
+            'top-1 of 4, unbalanced': (make(experts=4), lambda: MoEBalance(0.0, 0.0))}
 
 # a dict per model
 def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:

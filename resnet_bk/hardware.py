@@ -8,25 +8,23 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'LAYER_SOURCE', 'LAYER_KERNELS', 'CUDA_ATTENTION', 'CUDA_ATTENTION_BACK', 'CUDA_ATTENTION_ENTRY',
            'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
            'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'CarriedState',
-           'kernel_resources', 'CUDAOptimizedBKCore', 'MixedPrecisionTrainer', 'gpu_check', 'capture_step',
-           'copy_bandwidth', 'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
+           'layer_on_gpu', 'kernel_resources', 'CUDAOptimizedBKCore', 'MixedPrecisionTrainer', 'gpu_check',
+           'capture_step', 'main']
 
 # %% ../nbs/10_hardware.ipynb #c0004
-import ctypes, hashlib, importlib, math, os, re, shutil, subprocess, sys, tempfile, time, torch
+import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, warnings, torch
+from contextlib import nullcontext
 from pathlib import Path
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from . import bk_core, mixers
-from .bk_core import CPP_STEPS, CppLibrary, BACKENDS, Reference, resolvent_diag, resolvent_mix
-from resnet_bk.mixers import (
-    BKMixer,
-    BKAttention,
-    layer_op,
-    layer_backward_op,
-    attention_op,
-    attention_backward_op,
-)
+from .native import Call, Cpp, CppLibrary, CPP_COMPLEX, cache_folder, check_tensor, register_kernel, unwatched
+from .bk_core import BACKENDS, Reference, _raise, resolvent_diag, resolvent_mix
+from .cpu_kernels import CPP_STEPS
+from .mixers import BKMixer, BKAttention, _cast
+from .fused_layers import layer_op, layer_backward_op, attention_op, attention_backward_op
+from .fused_layers import layer_params, attention_params, _KINDS, _as_built, _attention, _attention_state
+from .fused_layers import _layer, _mixer_state
 from .model import ModelConfig, ResNetBK
 from .learner import _accelerator
 
@@ -889,8 +887,9 @@ def find_nvcc()->str: # a path, or None
     return str(home) if home and home.exists() else shutil.which('nvcc')
 
 def nvcc_flags(archs)->list: # [(9, 0), ...] -> flags
-    "Flags of `nvcc`: machine code for each architecture, fused multiply-add, no fast math (its reciprocals lose two digits)."
-    return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', *(f'-gencode=arch=compute_{a}{b},code=sm_{a}{b}' for a,b in archs)]
+    "Flags of `nvcc`: code for each architecture, fused multiply-add, no fast math (its reciprocals lose two digits)."
+    gen = [f'-gencode=arch=compute_{a}{b},code=sm_{a}{b}' for a,b in archs]
+    return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', *gen]
 
 def compile_cuda(source:str,   # CUDA C++
                  path,         # the library to write
@@ -902,82 +901,104 @@ def compile_cuda(source:str,   # CUDA C++
     if not nvcc: raise FileNotFoundError('nvcc not found: install the CUDA toolkit or set CUDA_HOME')
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        (src := Path(tmp)/'k.cu').write_text(source)
-        r = subprocess.run([nvcc, *nvcc_flags(archs), '--threads', '0', *(['-Xptxas', '-v'] if verbose else []), '-o', str(out := Path(tmp)/'k.so'), str(src)], capture_output=True, text=True)
-        if r.returncode: raise RuntimeError('nvcc: ' + next((l.split('k.cu')[-1] for l in (r.stderr + r.stdout).splitlines() if 'error' in l), r.stderr[-300:]))
+        src, out = Path(tmp)/'k.cu', Path(tmp)/'k.so'
+        src.write_text(source)
+        more = ['-Xptxas', '-v'] if verbose else []
+        command = [nvcc, *nvcc_flags(archs), '--threads', '0', *more, '-o', str(out), str(src)]
+        r = subprocess.run(command, capture_output=True, text=True)
+        errors = [l.split('k.cu')[-1] for l in (r.stderr + r.stdout).splitlines() if 'error' in l]
+        if r.returncode: raise RuntimeError(f'nvcc: {(errors or [r.stderr[-300:]])[0]}')
         os.replace(out, path)
     return r.stderr + r.stdout
 
 # %% ../nbs/10_hardware.ipynb #c0037
 class CudaLibrary(CppLibrary):
-    "CUDA C++ compiled by nvcc at the first `load`, for the GPU at hand; None without one, said once in one line."
-
+    "CUDA C++ compiled by nvcc at the first `load`, for every GPU in the machine; None without one."
+    kind = 'CUDA kernel'
     @property
-    def arch(self):
-        return torch.cuda.get_device_capability()
-
+    def archs(self): return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
     @property
     def path(self)->Path:
-        key = hashlib.sha256(repr((self.source, nvcc_flags([self.arch]), find_nvcc())).encode()).hexdigest()[:16]
-        return super().path.parent/f'{self.name}_sm{self.arch[0]}{self.arch[1]}_{key}.so'
+        key = hashlib.sha256(repr((self.source, nvcc_flags(self.archs), find_nvcc())).encode()).hexdigest()[:16]
+        return cache_folder()/f'{self.name}_{key}.so'
+    def load(self):
+        if self._lib is ...: self._lib = self._try() if torch.cuda.is_available() else None
+        return self._lib
     def _try(self):
-        if not torch.cuda.is_available(): return None
         try:
             if not self.path.exists():
-                print(f'resnet_bk: compiling the CUDA kernel {self.name}, once (a minute or two) ...', file=sys.stderr, flush=True)
-                compile_cuda(self.source, self.path, [self.arch])
+                print(f'resnet_bk: compiling the {self.kind} {self.name}, once ...', file=sys.stderr, flush=True)
+                compile_cuda(self.source, self.path, self.archs)
             lib = ctypes.CDLL(str(self.path))
             lib.bk_error.restype = ctypes.c_char_p
+            if e := lib.bk_device((ctypes.c_int64*1)(torch.cuda.current_device())):     # an old driver says so here
+                raise RuntimeError(lib.bk_error(e).decode())
             return lib
         except Exception as e:
-            import warnings
-            warnings.warn(f'resnet_bk: no CUDA kernel {self.name} ({type(e).__name__}: {str(e)[:160]}); using the slow PyTorch reference. Mend: install the CUDA toolkit (nvcc) and restart Python.')
+            why = (str(e).splitlines() or [type(e).__name__])[0][:160]
+            warnings.warn(f'resnet_bk: no {self.kind} {self.name} ({why}); using the slow PyTorch reference.')
 
-CUDA_CORE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
+_SWEEPS = CPP_COMPLEX + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS
+CUDA_CORE = _SWEEPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
 DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', CUDA_CORE)
 
 # %% ../nbs/10_hardware.ipynb #c0040
 PIVOTS = torch.float64   # type of the pivots' arithmetic on a GPU; torch.float32 on a consumer card, see above
 
+def _view(t, parts=1): return (None, 0, 0, 0) if t is None else (t, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
 
-def _view(t, parts=1):
-    return (0, 0, 0, 0) if t is None else (t.data_ptr(), t.stride(0) * parts, t.stride(1) * parts, t.shape[1])
-
+class _DeviceCall(Call):
+    "Integers, and tensors whose address is taken when they are found to be plain memory of the right device."
+    def mixed(self, *args):
+        for a in args:
+            if not isinstance(a, Tensor): self.ints(0 if a is None else a)
+            else: self.args.append(self._address('a tensor', a, a.dtype, a.shape))
+        return self
 
 class Kernels:
-    "The CUDA source behind the ops of `01`; `library` is the GPU's or the host's, `chunks` forces a number of chunks per chain (tests)."
+    "The CUDA source behind the ops of `01`; `library` is the GPU's or the host's, `chunks` forces a number (tests)."
     def __init__(self, library, chunks=None): self.library, self.chunks = library, chunks
-    def lib(self):
-        if (l := self.library.load()) is None: raise ValueError('the CUDA kernels want a GPU and nvcc; on this machine they run with backend="emulated"')
-        return l
+    @property
+    def device(self): return 'cuda' if isinstance(self.library, CudaLibrary) else 'cpu'
+    def loads(self, x):
+        real = x.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128)
+        return real and x.device.type == self.device and self.library.load() is not None
     def plan(self, B, N, C, dev, multiple=1, enough=32):
         if self.chunks:
-            n = -(-max(N, 1) // self.chunks)
-            n = -(-n // multiple) * multiple
-            return -(-max(N, 1) // n), n
-        return plan(B*C, N, torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == 'cuda' else 1, multiple, enough)
-    def run(self, name, args, dev): # one call into the library; its answer is a CUDA error or 0
-        lib = self.lib()
-        if (dev.type == 'cuda') != isinstance(self.library, CudaLibrary): raise ValueError(f"backend 'cuda' wants CUDA tensors, 'emulated' CPU tensors; got a tensor on {dev}")
-        head = (ctypes.c_int64*1)(dev.index or 0)
-        e = lib.bk_device(head) or getattr(lib, name)((ctypes.c_int64*len(args))(*args))
-        if e: raise RuntimeError(f'CUDA error {e} in {name}: {lib.bk_error(e).decode()}')
+            n = -(-max(N, 1)//self.chunks)
+            n = -(-n//multiple)*multiple
+            return -(-max(N, 1)//n), n
+        sms = torch.cuda.get_device_properties(dev).multi_processor_count if dev.type == 'cuda' else 1
+        return plan(B*C, N, sms, multiple, enough)
     def stream(self, dev): return torch.cuda.current_stream(dev).cuda_stream if dev.type == 'cuda' else 0
-    def call(self, name, shape, K, n, ref, E, eta, off, *views):
-        B, N, C = shape
-        dev, work = ref.device, torch.empty(
-            17 * B * K * C if K > 1 else 0, dtype=torch.float64, device=ref.device
-        )
-        bad = torch.zeros(2, dtype=torch.int32, device=dev)
-        dt = ref.real.dtype if ref.is_complex() else ref.dtype
-        p = lambda t: 0 if t is None else t.data_ptr()
-        self.run(f"bk_{name}_{'f32' if dt == torch.float32 else 'f64'}", [B, N, C, K, n, off, self.stream(dev), p(work), p(bad), p(E), p(eta), PIVOTS == torch.float32, *(x for v in views for x in v)], dev)
-        return bad
+
+# %% ../nbs/10_hardware.ipynb #c0040b
+@patch
+def run(self:Kernels, name, args, dev): # one call into the library, on that device; its answer is a CUDA error or 0
+    if dev.type != self.device or self.library.load() is None:
+        raise ValueError(f"the CUDA kernels need a GPU and nvcc, backend 'emulated' CPU tensors; got a tensor on {dev}")
+    c = _DeviceCall(dev).mixed(*args)
+    with torch.cuda.device(dev) if dev.type == 'cuda' else nullcontext(): e = c.enter(self.library, name)
+    if e: raise RuntimeError(f'CUDA error {e} in {name}: {self.library.load().bk_error(e).decode()}')
+
+@patch
+def call(self:Kernels, name, shape, K, n, ref, E, eta, off, *views):
+    (B,N,C), dev = shape, ref.device
+    work = torch.empty(17*B*K*C if K > 1 else 0, dtype=torch.float64, device=dev)
+    bad = torch.zeros(2, dtype=torch.int32, device=dev)
+    single = ref.dtype in (torch.float32, torch.complex64)
+    for t in (E, eta, *(v[0] for v in views if isinstance(v, tuple))):
+        if t is not None and t.dtype not in (ref.dtype, ref.dtype.to_real(), ref.dtype.to_complex(), torch.float64):
+            raise ValueError(f'want tensors of one precision; got {t.dtype} beside {ref.dtype}')
+    flat = [x for v in views for x in (v if isinstance(v, tuple) else (v, 0, 0, 0))]
+    head = [B, N, C, K, n, off, self.stream(dev), work, bad, E, eta, PIVOTS == torch.float32]
+    self.run(f"bk_{name}_{'f32' if single else 'f64'}", [*head, *flat], dev)
+    return bad
 
 # %% ../nbs/10_hardware.ipynb #c0042
 def _check(bad, eta, w, hop):
-    if bad.is_cuda: torch._assert_async((bad == 0).all(), 'want absorb ≥ 0, hop ≥ 0 and Im z > 0')
-    elif bad.any(): bk_core._raise(int(bad[0] | 2*bad[1]), eta, w, hop)
+    if bad.is_cuda and torch.cuda.is_current_stream_capturing(): return
+    if bad.any(): _raise(int(bad[0] | 2*bad[1]), eta, w, hop)
 
 def _sums(B, K, C, ref): return torch.empty(2, B*K, C, dtype=torch.float64, device=ref.device)
 def _off(hop, N): return 0 if hop is None or N == 0 else hop.shape[1] - (N-1)
@@ -987,28 +1008,8 @@ def scan(self:Kernels, v, w, u, E, eta, hop, g0, y0, shape):
     B,N,C = shape; K,n = self.plan(B, N, C, E.device)
     g = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
     y = torch.empty_like(g) if u is not None else None
-    _check(
-        self.call(
-            'scan',
-            shape,
-            K,
-            n,
-            E,
-            E,
-            eta,
-            _off(hop, N),
-            _view(v),
-            _view(w),
-            _view(u),
-            _view(hop),
-            _view(g, 2),
-            _view(y, 2),
-            *(bk_core._ptr(t) for t in (g0, y0)),
-        ),
-        eta,
-        w,
-        hop,
-    )
+    _check(self.call('scan', shape, K, n, E, E, eta, _off(hop, N), _view(v), _view(w), _view(u), _view(hop),
+                     _view(g, 2), _view(y, 2), *(g0, y0)), eta, w, hop)
     return g, g.new_empty(0) if y is None else y
 
 @patch
@@ -1019,26 +1020,9 @@ def scan_backward(self:Kernels, g, y, gy, gg, hop, g0, y0, shape, need):
     dv, dw, du = (torch.empty(shape, dtype=real, device=g.device) if k else None for k in need[:3])
     dhop = g.new_zeros(hop.shape, dtype=real) if need[3] else None
     s, ends = _sums(B, K, C, g), g.new_zeros(2, B, C)
-    self.call(
-        'scan_backward',
-        shape,
-        K,
-        n,
-        g,
-        None,
-        None,
-        _off(hop, N),
-        _view(g, 2),
-        _view(y if gy is not None else None, 2),
-        _view(gy, 2),
-        _view(gg, 2),
-        _view(hop),
-        _view(dv),
-        _view(dw),
-        _view(du),
-        _view(dhop),
-        *(bk_core._ptr(t) for t in (s[0], s[1], ends)),
-    )
+    self.call('scan_backward', shape, K, n, g, None, None, _off(hop, N), _view(g, 2),
+              _view(y if gy is not None else None, 2), _view(gy, 2), _view(gg, 2), _view(hop), _view(dv),
+              _view(dw), _view(du), _view(dhop), *(s[0], s[1], ends))
     if dhop is not None: dhop = dhop[:,-(N-1):] if N > 1 else dhop[:,:0]
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s), ends[1][:,None], ends[0][:,None]
 
@@ -1048,27 +1032,8 @@ def diag(self:Kernels, v, w, E, eta, hop, shape, keep=True):
     B,N,C = shape; K,n = self.plan(B, N, C, E.device)
     G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
     gl, gr = (torch.empty_like(G), torch.empty_like(G)) if keep else (G, None)
-    _check(
-        self.call(
-            'diag',
-            shape,
-            K,
-            n,
-            E,
-            E,
-            eta,
-            0,
-            _view(v),
-            _view(w),
-            _view(hop),
-            _view(gl, 2),
-            _view(gr, 2),
-            _view(G, 2),
-        ),
-        eta,
-        w,
-        hop,
-    )
+    _check(self.call('diag', shape, K, n, E, E, eta, 0, _view(v), _view(w), _view(hop), _view(gl, 2),
+                     _view(gr, 2), _view(G, 2)), eta, w, hop)
     return G, gl, gr
 
 @patch
@@ -1077,28 +1042,10 @@ def diag_backward(self:Kernels, gl, gr, G, gG, hop, shape, need):
     K, n = self.plan(B, N, C, G.device)
     real = G.real.dtype
     dv, dw = (torch.empty(shape, dtype=real, device=G.device) if k else None for k in need[:2])
-    dhop, s, lam = (
-        G.new_zeros(hop.shape, dtype=real) if need[2] else None,
-        _sums(B, K, C, G),
-        torch.empty_like(G),
-    )
-    self.call(
-        'diag_backward',
-        shape,
-        K,
-        n,
-        G,
-        None,
-        None,
-        0,
-        *(_view(t, 2) for t in (gl, gr, G, gG)),
-        _view(hop),
-        _view(lam, 2),
-        _view(dv),
-        _view(dw),
-        _view(dhop),
-        *(bk_core._ptr(t) for t in s),
-    )
+    dhop, s, lam = (G.new_zeros(hop.shape, dtype=real) if need[2] else None, _sums(B, K, C, G),
+                    torch.empty_like(G))
+    self.call('diag_backward', shape, K, n, G, None, None, 0, *(_view(t, 2) for t in (gl, gr, G, gG)),
+              _view(hop), _view(lam, 2), _view(dv), _view(dw), _view(dhop), *s)
     return dv, dw, dhop, *(x.sum(0).to(real) for x in s)
 
 @patch
@@ -1107,23 +1054,8 @@ def solve(self:Kernels, v, w, u, E, eta, hop, shape):
     K, n = self.plan(B, N, C, E.device)
     Y = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
     g, y = torch.empty_like(Y), torch.empty_like(Y)
-    _check(
-        self.call(
-            'solve',
-            shape,
-            K,
-            n,
-            E,
-            E,
-            eta,
-            0,
-            *(_view(t) for t in (v, w, u, hop)),
-            *(_view(t, 2) for t in (g, y, Y)),
-        ),
-        eta,
-        w,
-        hop,
-    )
+    _check(self.call('solve', shape, K, n, E, E, eta, 0, *(_view(t) for t in (v, w, u, hop)),
+                     *(_view(t, 2) for t in (g, y, Y))), eta, w, hop)
     return Y, g
 
 @patch
@@ -1132,26 +1064,11 @@ def solve_backward(self:Kernels, g, Y, gY, hop, shape, need):
     K, n = self.plan(B, N, C, g.device)
     real = g.real.dtype
     dv, dw, du = (torch.empty(shape, dtype=real, device=g.device) if k else None for k in need[:3])
-    dhop, s, p = (
-        g.new_zeros(hop.shape, dtype=real) if need[3] else None,
-        _sums(B, K, C, g),
-        torch.empty_like(g),
-    )
-    self.call(
-        'solve_backward',
-        shape,
-        K,
-        n,
-        g,
-        None,
-        None,
-        0,
-        *(_view(t, 2) for t in (g, Y, gY)),
-        _view(hop),
-        _view(p, 2),
-        *(_view(t) for t in (dv, dw, du, dhop)),
-        *(bk_core._ptr(t) for t in s),
-    )
+    dhop, s, p = (g.new_zeros(hop.shape, dtype=real) if need[3] else None, _sums(B, K, C, g),
+                  torch.empty_like(g))
+    self.call('solve_backward', shape, K, n, g, None, None, 0, *(_view(t, 2) for t in (g, Y, gY)),
+              _view(hop), _view(p, 2), *(_view(t) for t in (dv, dw, du, dhop)),
+              *s)
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s)
 
 EMULATED = BACKENDS['emulated'] = Kernels(HOST)
@@ -1738,10 +1655,14 @@ static int layer_any(const I* a, bool b) {
 extern "C" int bk_layer(const I* a) { return layer_any(a, false); }
 extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
 ''')
-LAYER_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
-LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
+
+# %% ../nbs/10_hardware.ipynb #5ddc49bx
+LAYER_SOURCE = _SWEEPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
+LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)),
+                 'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
 
 # %% ../nbs/10_hardware.ipynb #c0071
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 # no convolution: one tap and three zeros
 def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps
 
@@ -1752,83 +1673,26 @@ def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensor
     K, n = k.plan(B, N, C, dev, 32, 256 if back else 32)  # backward recomputes, so it wants more lanes
     f = taps.dtype
     empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
-    work, mean, owed = (
-        empty(17 * B * K * C if K > 1 else 0, dt=torch.float64),
-        empty(B * N if back else 0),
-        empty(B * K * W * P if back and K > 1 else 0),
-    )
+    work, mean, owed = (empty(17 * B * K * C if K > 1 else 0, dt=torch.float64),
+                        empty(B * N if back else 0), empty(B * K * W * P if back and K > 1 else 0))
     sums = empty(B*K, W*(P//C) + 4 + features, C, dt=torch.float64) if back else None
-    nums = (ctypes.c_double * 2)(v_max, eps)
-    at = ctypes.addressof(nums)
-    p = lambda t: 0 if t is None else t.data_ptr()
-    args = [
-        K,
-        n,
-        k.stream(dev),
-        p(work),
-        p(mean),
-        p(owed) if K > 1 else 0,
-        B,
-        N,
-        C,
-        Fh,
-        P // C,
-        features,
-        act,
-        0,
-        bias is not None,
-        has_v,
-        W,
-        mixers._TYPES[h.dtype],
-        at,
-        at + 8,
-        p(h),
-        h.stride(0),
-        h.stride(1),
-        *(p(t) for t in tensors),
-        p(sums),
-    ]
+    nums = torch.tensor([v_max, eps], dtype=torch.float64)          # read on the host
+    at = nums.data_ptr()
+    args = [K, n, k.stream(dev), work, mean, owed if K > 1 else 0, B, N, C, Fh, P//C, features, act, 0,
+            bias is not None, has_v, W, _TYPES[h.dtype], at, at + 8, h, h.stride(0), h.stride(1), *tensors, sums]
     k.run(name, args, dev)
     return sums
 
-
-def layer_forward(
-    h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v, keep=True
-):
+def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v,
+                  keep=True):
     "`02`'s fused layer by the CUDA kernels, on the GPU or, for CPU tensors, emulated: output, 1/r, kept states, state at the end."
     B,N,_ = h.shape; C, f = len(scale), scale.dtype
     out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
     r, kept = (h.new_empty(B, N, dtype=f), h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64)) if keep else (None, None)
     taps = _four(taps)
-    _layer_run(
-        'bk_layer',
-        h,
-        taps,
-        bias,
-        v_max,
-        eps,
-        features,
-        act,
-        has_v,
-        C,
-        past,
-        cut,
-        taps,
-        bias,
-        E,
-        eta,
-        scale,
-        weight,
-        out,
-        r,
-        kept,
-        g0,
-        end,
-        None,
-        None,
-    )
+    _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E,
+               eta, scale, weight, out, r, kept, g0, end, None, None)
     return out, r, kept, end
-
 
 def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
     "Its adjoint: the gradient of h, and the parameters' in one row (taps, bias, scale, E, eta, weight)."
@@ -2331,8 +2195,12 @@ template <class T> int states(const I* a) {
 }
 extern "C" int bk_states(const I* a) { return a[5] ? states<double>(a) : states<float>(a); }
 ''')
-ATTENTION_SOURCE = CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
-ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)), 'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
+
+# %% ../nbs/10_hardware.ipynb #9394df9x
+_HEADS = CPP_COMPLEX + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH
+ATTENTION_SOURCE = _HEADS + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
+ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)),
+                     'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
 
 # %% ../nbs/10_hardware.ipynb #c0086
 class _Attend:
@@ -2343,44 +2211,25 @@ class _Attend:
         n = -(-N // 64)
         taps = _four(taps)
         self.shape, self.h, self.f = (B, H, n, 64, d), h, f
-        self.k, num = ATTENTION_KERNELS[h.device.type], ctypes.c_double(eps)
-        self.decays = [h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)] + [
-            h.new_empty(B, H, n, dtype=f),
-            h.new_empty(B, H, n, 64, dtype=torch.int32),
-        ]
-        self.keep = (num, past, cut, taps, log_g, weight)
-        self.head = [
-            self.k.stream(h.device),
-            B,
-            N,
-            H,
-            d,
-            Fh,
-            len(taps),
-            mixers._TYPES[h.dtype],
-            ctypes.addressof(num),
-            h.data_ptr(),
-            h.stride(0),
-            h.stride(1),
-            *(0 if t is None else t.data_ptr() for t in (past, cut, taps, log_g, weight, *self.decays)),
-        ]
+        self.k = ATTENTION_KERNELS[h.device.type]
+        self.decays = [h.new_empty(B, H, n, 64, dtype=f)
+                       for _ in range(4)] + [h.new_empty(B, H, n, dtype=f),
+                                             h.new_empty(B, H, n, 64, dtype=torch.int32)]
+        self.num = torch.tensor([eps], dtype=torch.float64)         # read on the host
+        self.head = [self.k.stream(h.device), B, N, H, d, Fh, len(taps), _TYPES[h.dtype], self.num.data_ptr(),
+                     h, h.stride(0), h.stride(1), past, cut, taps, log_g, weight, *self.decays]
         self.q, self.key, self.v, self.qi, self.ke = (self.tile() for _ in range(5))
         self(0, self.q, self.key, self.v, self.qi, self.ke)
-        self.P = self.q @ self.key.mT; self(1, self.P)
+        self.P = self.q @ self.key.mT
+        self(1, self.P)
     def tile(self, *s, dtype=None): return self.h.new_empty(s or self.shape, dtype=dtype or self.h.dtype)
-    def __call__(self, which, *ts):
-        self.k.run(
-            'bk_attention',
-            [which, *self.head, *(0 if t is None else t if isinstance(t, int) else t.data_ptr() for t in ts)],
-            self.h.device,
-        )
+    def __call__(self, which, *ts): self.k.run('bk_attention', [which, *self.head, *ts], self.h.device)
 
     # state before each chunk (after, when back): in the type of sums, and in that of the products
     def states(self, new, S0=None, keep=True, last=None, back=0):
         B,H,n,_,d = self.shape; low = self.h.dtype != self.f
-        S, s = (self.tile(B, H, n, d, d, dtype=self.f) if keep or not low else None), (
-            self.tile(B, H, n, d, d) if low else None
-        )
+        S, s = (self.tile(B, H, n, d, d, dtype=self.f) if keep or not low
+                else None), (self.tile(B, H, n, d, d) if low else None)
         self(2, new, S0, S, last, s, back); return S, s if low else S
     def values(self, s): return self.P @ self.v + self.qi @ s
 
@@ -2415,36 +2264,18 @@ def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     dq, dk, dq2, dk2 = dY @ s.mT, a.v @ ds.mT, dP @ a.key, dP.mT @ a.q
     a(6, a.q, a.key, dq2, dk2, dq, dk, dA, da, dla, (kept*dS).sum((-1,-2)))
     dtaps = a.tile(B*n, 12*H*d, dtype=f); a(7, dq, dk, dv, dh, dtaps)
-    return (
-        dh,
-        dla,
-        torch.cat([x.sum(0, dtype=torch.float64) for x in (dtaps[:, : taps.numel()], dwt)]).to(taps.dtype),
-    )
+    return (dh, dla, torch.cat([x.sum(0, dtype=torch.float64)
+                                for x in (dtaps[:, : taps.numel()], dwt)]).to(taps.dtype))
 
 # %% ../nbs/10_hardware.ipynb #c0089
 def _states(new, decay, S0, back):
     B, H, n, dk, dv = new.shape
-    k, new, decay, S0 = (
-        ATTENTION_KERNELS[new.device.type],
-        new.contiguous(),
-        decay.contiguous(),
-        None if S0 is None else S0.contiguous(),
-    )
+    k, new, decay, S0 = (ATTENTION_KERNELS[new.device.type], new.contiguous(), decay.contiguous(),
+                         None if S0 is None else S0.contiguous())
     before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
     if new.numel():
-        k.run(
-            'bk_states',
-            [
-                k.stream(new.device),
-                B * H,
-                n,
-                dk * dv,
-                back,
-                new.dtype == torch.float64,
-                *(0 if t is None else t.data_ptr() for t in (new, decay, S0, before, last)),
-            ],
-            new.device,
-        )
+        args = [k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64]
+        k.run('bk_states', [*args, new, decay, S0, before, last], new.device)
     return before, last
 
 class CarriedState(torch.autograd.Function):
@@ -2461,72 +2292,84 @@ class CarriedState(torch.autograd.Function):
         after, first = _states(g, decay, g_last, 1)
         return after, (after*before).sum((-1,-2), keepdim=True), first if ctx.first else None
 
+# %% ../nbs/10_hardware.ipynb #c0091b
+def _cpu_layer(h, past, cut, taps, bias, E, eta, scale, weight, g0, *nums, keep=True):
+    return _layer(h, cut, (taps, bias, E, eta, scale, weight), nums, past, g0, keep)
+def _cpu_attention(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
+    return _attention(h, cut, taps, log_g, weight, eps, past, S0, keep)
+
 # %% ../nbs/10_hardware.ipynb #c0100
 BACKENDS['cuda'] = CUDA
+register_kernel('ops', 'cuda', CUDA)
 
-def _registered(name, cpu, gpu): # the forward function that 02 calls, by device
-    setattr(mixers, name, lambda h, *args, **kw: (gpu if h.is_cuda else cpu)(h, *args, **kw))
-
-_registered('_layer', mixers._layer, layer_forward)
-_registered('_attend', mixers._attend, attention_forward)
-
-def _carried(new, decay, state, plain=mixers._passed):
-    if new.dtype not in (torch.float32, torch.float64) or not _loads('attention'):
-        return plain(new, decay, state)
-    return CarriedState.apply(new, decay, None if state is None else state.to(new))
-_registered('_passed', mixers._passed, _carried)
-for op, kernel in (
-    (
-        layer_op,
-        lambda h, cut, taps, bias, E, eta, scale, weight, *rest: layer_forward(
-            h, None, cut, taps, bias, E, eta, scale, weight, None, *rest
-        )[:3],
-    ),
-    (layer_backward_op, layer_backward),
-    (
-        attention_op,
-        lambda h, cut, taps, log_g, weight, eps: attention_forward(
-            h, None, cut, taps, log_g, weight, None, eps
-        )[:3],
-    ),
-    (attention_backward_op, attention_backward),
-):
-    op.register_kernel('cuda')(kernel)
+def _layer_on_gpu(h, cut, taps, bias, E, eta, scale, weight, *nums):
+    return layer_forward(h, None, cut, taps, bias, E, eta, scale, weight, None, *nums)[:3]
+def _attention_on_gpu(h, cut, taps, log_g, weight, eps):
+    return attention_forward(h, None, cut, taps, log_g, weight, None, eps)[:3]
+layer_op.register_kernel('cuda')(_layer_on_gpu)
+layer_backward_op.register_kernel('cuda')(layer_backward)
+attention_op.register_kernel('cuda')(_attention_on_gpu)
+attention_backward_op.register_kernel('cuda')(attention_backward)
 
 # %% ../nbs/10_hardware.ipynb #c0101
-@torch.compiler.assume_constant_result
-def _loads(which):
-    return (LAYER_KERNELS if which == 'layer' else ATTENTION_KERNELS)['cuda'].library.load() is not None
+def _loads(which): return {'layer': LAYER_KERNELS, 'attention': ATTENTION_KERNELS}[which]['cuda'].library.load() is not None
+_loads._dynamo_marked_constant = True
 
+def _passes(layer, x, state, cut, return_state): # nothing watches, and no gradient goes through a state
+    stateful = state is not None or return_state
+    if torch.compiler.is_compiling(): return not stateful and not torch._C._are_functorch_transforms_active()
+    return unwatched(x, cut, *layer.parameters()) and not (stateful and torch.is_grad_enabled())
 
-def _fits(self, h, state, return_state):
-    return (
-        self.fused
-        and h.dtype in mixers._TYPES
-        and (self.conv is None or self.conv.width == 4)
-        and not torch._C._are_functorch_transforms_active()
-        and not ((state is not None or return_state) and torch.is_grad_enabled())
-    )
+def _mixer_on_gpu(m, x, state, cut, return_state):
+    t = _cast(x)
+    if t not in _KINDS or not m.causal or not _as_built(m, m.in_proj, m.out_proj): return None
+    if not _passes(m, x, state, cut, return_state) or not _loads('layer'): return None
+    (*ps, scale, weight), nums = layer_params(m, t)
+    ps[3], h = ps[3].exp(), m.in_proj(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return m.out_proj(layer_op(h, cut, *ps, scale, weight, *nums)[0])
+    past, g0 = (None, None) if state is None else _mixer_state(state, t)
+    y, _, _, end = layer_forward(h, past, cut, *ps, scale, weight, g0, *nums, keep=False)
+    y = m.out_proj(y)
+    if not return_state: return y
+    end = (end if x.shape[1] or g0 is None else g0).to(scale.dtype)
+    tail = None if m.conv is None else m.conv.tail(h[...,:m.n_in*m.channels], past, cut)
+    return y, (tail, tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
 
-_on_cpu = {cls: cls._can_fuse for cls in (BKMixer, BKAttention)}
-@patch
-def _can_fuse(self:BKMixer, h, state, return_state):
-    return (
-        _fits(self, h, state, return_state) and self.kind == 'resolvent' and self.causal and _loads('layer')
-        if h.is_cuda
-        else _on_cpu[BKMixer](self, h, state, return_state)
-    )
-@patch
-# the tiles of heads 128 wide in float32 take 70 KiB of shared memory
-def _can_fuse(self:BKAttention, h, state, return_state):
-    return (
-        _fits(self, h, state, return_state)
-        and not self.phase
-        and self.d_model // self.n_heads <= (64 if h.dtype == torch.float64 else 128)
-        and _loads('attention')
-        if h.is_cuda
-        else _on_cpu[BKAttention](self, h, state, return_state)
-    )
+# %% ../nbs/10_hardware.ipynb #c0101b
+def _shared_memory(dev): # bytes a block may ask for
+    p = torch.cuda.get_device_properties(dev)
+    return getattr(p, 'shared_memory_per_block_optin', 48 << 10)
+
+def _attention_fits(m, t, dev): # a chunk's tile of a head, and what stands beside it
+    d = m.d_model//m.n_heads
+    return d <= 128 and (64*d*(8 if t == torch.float64 else 4)*2 + (6 << 10)) <= _shared_memory(dev)
+
+def _heads_on_gpu(m, x, state, cut, return_state):
+    t, H = _cast(x), m.n_heads
+    if t not in _KINDS or m.phase or not _as_built(m, m.in_proj, m.absorb_proj, m.out_proj): return None
+    if not _passes(m, x, state, cut, return_state) or not _loads('attention'): return None
+    if not _attention_fits(m, t, x.device): return None
+    h, (taps, bias, *_, weight) = m.in_proj(x), attention_params(m, t)
+    w, stateful = F.softplus(m.absorb_proj(x).to(weight.dtype) + bias), state is not None or return_state
+    past, g0, S = (None, None, None) if state is None else _attention_state(state, t)
+    hop = None if cut is None else (~(cut if state is not None else cut[:,1:]))[...,None].to(w.dtype).expand(-1, -1, H)
+    g = resolvent_diag(None, m.spectrum(), w, hop, causal=True, state=None if g0 is None else torch.view_as_complex(g0))
+    log_g = g.abs().log().to(weight.dtype).contiguous()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return m.out_proj(attention_op(h, cut, taps, log_g, weight, m.norm.eps)[0])
+    y, _, _, end = attention_forward(h, past, cut, taps, log_g, weight, S, m.norm.eps, keep=False)
+    y = m.out_proj(y)
+    if not stateful: return y
+    tail = None if m.conv is None else m.conv.tail(h[...,:3*m.d_model], past, cut)
+    last = g[:,-1] if x.shape[1] else g.new_zeros(len(x), H) if g0 is None else torch.view_as_complex(g0)
+    return (y, (tail, last, end)) if return_state else y
+
+_ON_GPU = {BKMixer: _mixer_on_gpu, BKAttention: _heads_on_gpu}
+def layer_on_gpu(layer, x, state, cut, return_state):
+    "The whole layer by CUDA kernels; None if this is not exactly a layer they know."
+    return _ON_GPU[type(layer)](layer, x, state, cut, return_state) if type(layer) in _ON_GPU else None
+register_kernel('layers', 'cuda', layer_on_gpu)
 
 # %% ../nbs/10_hardware.ipynb #c0106
 def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
@@ -2603,14 +2446,9 @@ class MixedPrecisionTrainer:
 
 # %% ../nbs/10_hardware.ipynb #c0124
 def _off_by(a, b):
-    return max(
-        (
-            (x.detach().cpu().double() - y.detach()).abs().max() / y.detach().abs().max().clamp_min(1e-30)
-        ).item()
-        for x, y in zip(a, b)
-        if y is not None and y.numel()
-    )
-
+    return max(((x.detach().cpu().double()
+                 - y.detach()).abs().max() / y.detach().abs().max().clamp_min(1e-30)).item() for x,
+               y in zip(a, b) if y is not None and y.numel())
 
 def _op_values(op, c, backend):
     "Value and gradients of one op, each as a real tensor; the cotangent is fixed."
@@ -2624,28 +2462,17 @@ def _op_values(op, c, backend):
         out = resolvent_diag(x['v'], z, causal=op == 'pivots', state=x['g'] if op == 'pivots' else None, **kw)
     y = torch.view_as_real(out)
     t = torch.arange(y.numel(), dtype=torch.float64).view(y.shape).sin().to(y)
-    return [
-        y,
-        *(
-            torch.view_as_real(g) if g.is_complex() else g
-            for g in torch.autograd.grad((y * t).sum(), list(x.values()), allow_unused=True)
-            if g is not None
-        ),
-    ]
+    return [y, *(torch.view_as_real(g) if g.is_complex() else g
+                 for g in torch.autograd.grad((y * t).sum(), list(x.values()), allow_unused=True)
+                 if g is not None)]
 
 def _op_case(op, N, seed=0): # float32 values, so that the reference sees the same numbers
     g = torch.Generator().manual_seed(seed)
     B, C = (2, 5) if N < 2**14 else (1, 2)
     r = lambda *s: torch.randn(*s, generator=g)
     causal = op in ('mix', 'pivots')
-    c = dict(
-        v=r(B, N, C),
-        u=r(B, N, C),
-        E=-2 + r(C),
-        eta=0.1 + 0.9 * torch.rand(C, generator=g),
-        absorb=r(B, N, C).abs(),
-        hop=0.5 + 0.5 * torch.rand(B, N if causal else N - 1, C, generator=g),
-    )
+    c = dict(v=r(B, N, C), u=r(B, N, C), E=-2 + r(C), eta=0.1 + 0.9 * torch.rand(C, generator=g),
+             absorb=r(B, N, C).abs(), hop=0.5 + 0.5 * torch.rand(B, N if causal else N - 1, C, generator=g))
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
@@ -2654,30 +2481,18 @@ def _layer_values(kind, N, dev, seed=0):
     "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
     torch.manual_seed(seed)
     B = 2 if N < 2**14 else 1
-    m = (
-        BKMixer(4, potential='token', eta_min=0.1)
-        if kind == 'layer'
-        else BKAttention(16, 1, eta_min=0.05, eta_max=0.1)
-    )
+    m = (BKMixer(4, potential='token', eta_min=0.1) if kind == 'layer'
+         else BKAttention(16, 1, eta_min=0.05, eta_max=0.1))
     h, cut = torch.randn(B, N, m.in_proj.out_features), torch.rand(B, N) < 2e-3
     if kind == 'layer':
-        ps, rest = [
-            m.conv.taps,
-            m.absorb_bias,
-            m.spectrum.E,
-            m.spectrum.log_eta.exp(),
-            m.scale,
-            m.norm.weight,
-        ], (m.v_max, m.norm.eps, 2, True, True)
+        ps, rest = [m.conv.taps, m.absorb_bias, m.spectrum.E, m.spectrum.log_eta.exp(), m.scale,
+                    m.norm.weight], (m.v_max, m.norm.eps, 2, True, True)
         pairs = ((layer_forward, layer_backward), (_cpu_layer, layer_backward_op))
         past = (None,)
     else:
-        ps, rest, pairs, past = (
-            [m.conv.taps, -0.1 * torch.rand(B, N, 1), m.norm.weight],
-            (m.norm.eps,),
-            ((attention_forward, attention_backward), (_cpu_attend, attention_backward_op)),
-            (None,),
-        )
+        ps, rest, pairs, past = ([m.conv.taps, -0.1 * torch.rand(B, N, 1), m.norm.weight], (m.norm.eps,),
+                                 ((attention_forward, attention_backward),
+                                  (_cpu_attention, attention_backward_op)), (None,))
     res = []
     for (fw, bw),to in zip(pairs, (lambda t: t.detach().to(dev), lambda t: t.detach().double())):
         p, x, c = [to(t).contiguous() for t in ps], to(h), cut.to(dev if not res else 'cpu')
@@ -2686,7 +2501,6 @@ def _layer_values(kind, N, dev, seed=0):
         res.append([out, *bw(g, x, c, *p, out, r, kept, *rest)])
     return res
 
-_cpu_layer, _cpu_attend = mixers._layer, mixers._attend
 
 def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
               emulate:bool=False, # run the kernels as host code instead
@@ -2698,11 +2512,8 @@ def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
     for N in sizes:
         for op in ('diag', 'pivots', 'mix', 'solve'):
             c = _op_case(op, N)
-            want = _op_values(
-                op,
-                {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k, t in c.items()},
-                'cpp',
-            )
+            want = _op_values(op, {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k,
+                                   t in c.items()}, 'cpp')
             rows.append(dict(op=op, N=N, error=_off_by(_op_values(op, {k: t.to(dev) for k,t in c.items()}, backend), want)))
         for kind in ('layer', 'attention'): rows.append(dict(op=kind, N=N, error=_off_by(*_layer_values(kind, N, dev))))
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
@@ -2733,147 +2544,25 @@ def capture_step(model:nn.Module,
     with torch.cuda.graph(graph): loss = step()
     return graph.replay, loss
 
-# %% ../nbs/10_hardware.ipynb #c0134
-# only these commands look up to the rivals; nothing is imported with this module
-def _rivals(): return importlib.import_module('resnet_bk.benchmarks')
-
-def _ms(f, dev, rounds=10):
-    "Median milliseconds of `f`, after two runs to warm up."
-    for _ in range(2): f()
-    ts = []
-    for _ in range(rounds):
-        if dev == 'cuda':
-            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            a.record()
-            f()
-            b.record()
-            b.synchronize()
-            ts.append(a.elapsed_time(b))
-        else:
-            t = time.perf_counter()
-            f()
-            ts.append((time.perf_counter() - t) * 1e3)
-    return sorted(ts)[len(ts)//2]
-
-def copy_bandwidth(dev:str='cuda', n:int=2**28, # floats
-                  )->float:                     # bytes per second, read and written
-    "Rate of a plain copy: what a memory-bound kernel can reach."
-    a = torch.ones(n, device=dev); b = torch.empty_like(a)
-    return 8*n/_ms(lambda: b.copy_(a), dev)*1e3
-
-def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
-                     dev:str='cuda', factors=(.25, .5, 1, 2, 4), # times the number of chunks that `plan` says
-                     copy_floats:int=2**28)->list:
-    "Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written), as a share of the copy bandwidth; per number of chunks."
-    kernels, rate, rows = BACKENDS['cuda' if dev == 'cuda' else 'emulated'], copy_bandwidth(dev, copy_floats), []
-    for shape in shapes:
-        B, N, C = shape
-        w, u = torch.rand(shape, device=dev), torch.randn(shape, device=dev)
-        E, eta = torch.full((C,), -1.0, device=dev), torch.full((C,), 0.1, device=dev)
-        gy = torch.randn(shape, dtype=torch.complex64, device=dev)
-        want = kernels.plan(B, N, C, w.device)[0]
-        for K in sorted({max(1, round(f*want)) for f in factors}):
-            kernels.chunks = K
-            fw = lambda: kernels.scan(None, w, u, E, eta, None, None, None, shape)
-            g, y = fw()
-            bw = lambda: kernels.scan_backward(g, y, gy, None, None, None, None, shape, [False, True, True, False])
-            a, b = (32*w.numel()/_ms(f, dev)*1e3*k for f,k in ((fw, 6/8), (bw, 1)))
-            rows.append({'B·C': B*C, 'N': N, 'chunks': f'{K} (plan)' if K == want else str(K), 'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
-        kernels.chunks = None
-    return rows
-
-# %% ../nbs/10_hardware.ipynb #c0135
-def layer_times(
-    d: int = 1024, lengths=(512, 2048, 8192, 32768, 131072), tokens: int = 131072, dev: str = 'cuda'
-) -> list:
-    "Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and backward under bfloat16 autocast, ms."
-    layers, rows = {'BKMixer': BKMixer(d).to(dev), 'BKAttention': BKAttention(d).to(dev), 'SDPA': _rivals()._SDPA(d, max(1, d//64)).to(dev)}, []
-    for N in lengths:
-        x, t = torch.randn(max(1, tokens//N), N, d, device=dev, requires_grad=True), {}
-        def step(m):
-            with torch.autocast(dev, torch.bfloat16): y = m(x)
-            y.float().sum().backward()
-        for name, m in layers.items():
-            t[name] = _ms(lambda: step(m), dev, 5)
-            m.zero_grad()
-        rows.append({'N': N, **{f'{k} ms': v for k,v in t.items()}, **{f'SDPA / {k}': t['SDPA']/t[k] for k in list(layers)[:2]}})
-    return rows
-
-
-def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536), tokens:int=32768, dev:str='cuda', precision='bf16')->list:
-    "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step; the last row names the crossover."
-    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']
-    gpt = lambda N: _rivals().GPT(V, d, L, max(1, d // 64), N)
-    per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}
-    want = sum(p.numel() for p in gpt(1024).parameters())
-    ours = ModelConfig(V, d, max(2, round(2 + (want - per[2]) / (per[3] - per[2]))), tie=True)
-    rows = []
-    for N in lengths:
-        x, rate = torch.randint(V, (max(1, tokens//N), N + 1), device=dev), {}
-        for name,make in (('ResNet-BK', lambda: ResNetBK(ours)), ('GPT', lambda: gpt(N))):
-            m = make().to(dev)
-            t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-4), precision, 1.0)
-            try:rate[name] = x[:,1:].numel()/_ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)*1e3
-            except torch.cuda.OutOfMemoryError: rate[name] = math.nan
-            rate[name + ' params'] = sum(p.numel() for p in m.parameters())
-            del m, t
-        rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'], 'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'], 'GPT params': rate['GPT params']})
-    return rows
-
-# %% ../nbs/10_hardware.ipynb #c0137
-def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
-    "Measured factors beside the seeds' expected ones: kernel against PyTorch loop, bf16 against float32, TF32 against float32 products."
-    v = torch.randn(B, N, C, device=dev)
-    fast = 'cuda' if dev == 'cuda' else 'emulated'
-    op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
-    x = torch.randint(256, (8, N + 1), device=dev)
-    def model(precision):
-        m = ResNetBK(ModelConfig(256, d, layers)).to(dev)
-        t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters()), precision)
-        return _ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)
-    was = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    full, half = model('no'), model('bf16')
-    torch.set_float32_matmul_precision('high')
-    tf32 = model('no')
-    torch.set_float32_matmul_precision(was)
-    return [dict(what=w, expected=e, measured=m) for w,e,m in (('kernels / PyTorch loop', 3., op('reference')/op(fast)), ('bf16 / float32 step', 2., full/half), ('TF32 / float32 step', 1.5, full/tf32))]
-
-def gpu_benchmark():
-    "All tables, on the GPU. `ValueError` without one."
-    if not torch.cuda.is_available(): raise ValueError('no GPU here: nothing to measure')
-    machine, table = _rivals().machine, _rivals().table
-    print(machine())
-    print(table(bandwidth_shares(), 'share of the copy bandwidth'))
-    print(table(layer_times(), 'layers, forward and backward'))
-    rows = model_rates()
-    print(table(rows, 'training a 125M model, bf16'))
-    first = next((r['N'] for r in rows if r['ratio'] > 1), None)
-    print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N')
-    print(table(seed_factors(), 'the seed\'s factors'))
-
 # %% ../nbs/10_hardware.ipynb #c0141
 def main(argv=None)->int: # exit code
-    "`check` and `bench`; 1 if an error is above 1e-5 or there is no GPU."
+    "`check`: 1 if an error is above 1e-5 or there is no GPU."
     import argparse
-    p = argparse.ArgumentParser(
-        prog='python -m resnet_bk.hardware',
+    p = argparse.ArgumentParser(prog='python -m resnet_bk.hardware',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='CUDA kernels of ResNet-BK: are they right, and how fast are they, on this GPU?',
-        epilog='examples:\n  python -m resnet_bk.hardware check            every op, layer and gradient against float64, N from 1 to 2^20 (minutes)\n  python -m resnet_bk.hardware check --emulate  the same kernels as host code; needs no GPU\n  python -m resnet_bk.hardware bench            bandwidth, layers against FlashAttention, training a 125M model',
-    )
-    p.add_argument('what', choices=('check', 'bench'))
-    p.add_argument('--emulate', action='store_true', help='check: run the kernels as host code')
-    p.add_argument('--sizes', type=int, nargs='+', metavar='N', help='check: lengths (default 1 ... 2^20)')
+        description='CUDA kernels of ResNet-BK: are they right on this GPU?',
+        epilog='examples:\n  python -m resnet_bk.hardware check            every op, layer and gradient against '
+               'float64 (minutes)\n  python -m resnet_bk.hardware check --emulate  the same kernels as host code')
+    p.add_argument('what', choices=('check',))
+    p.add_argument('--emulate', action='store_true', help='run the kernels as host code; needs no GPU')
+    p.add_argument('--sizes', type=int, nargs='+', metavar='N', help='lengths (default 1 ... 2^20)')
     a = p.parse_args(argv)
-    try:
-        if a.what == 'bench': gpu_benchmark(); return 0
-        rows = gpu_check(emulate=a.emulate, **({'sizes': a.sizes} if a.sizes else {}))
-        top = max(rows, key=lambda r: r['error'])
+    try: rows = gpu_check(emulate=a.emulate, **({'sizes': a.sizes} if a.sizes else {}))
     except ValueError as e:
         print(e, file=sys.stderr)
         return 1
-    print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); wanted: at most 1e-5")
+    top = max(rows, key=lambda r: r['error'])
+    print(f"largest error {top['error']:.1e} ({top['op']}, N = {top['N']:,}); the limit is 1e-5")
     return int(not top['error'] <= 1e-5)
 
 # %% ../nbs/10_hardware.ipynb #c0143

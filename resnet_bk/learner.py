@@ -153,7 +153,6 @@ class Callback:
 class CancelStep(Exception):
     "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
 
-
 class CancelFit(Exception): "Raised by a callback: end the run here, in good order; its text is shown"
 
 # %% ../nbs/05_learner.ipynb #c0046
@@ -538,10 +537,8 @@ class Evaluator(Callback):
         if not l.eval_every or (l.step % l.eval_every and not l.done): return
         l.evaluate(l.eval_batches)
         l.valid_step, l.best = l.step, min(l.best, l.valid['nats'])
-        l.log(
-            accuracy=l.valid_accuracy,
-            **{f'valid_{k}': v for k, v in l.valid.items() if k in ('nats', 'ppl', 'bpb')},
-        )
+        l.log(accuracy=l.valid_accuracy, **{f'valid_{k}': v for k,
+                                            v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
 Learner.defaults.append(Evaluator)
 
 # %% ../nbs/05_learner.ipynb #c0103
@@ -878,18 +875,11 @@ def state(self:Learner)->dict: # nested; see `pack_state`
     "All that the next step depends on, besides the weights"
     mine = [dict(rng=rng_state(), data=copy.deepcopy(self.data.train.state_dict()))]
     scaler = self.accelerator.scaler
-    return dict(
-        step=self.step,
-        tokens=self.tokens,
-        elapsed=self.elapsed,
-        best=self.best,
-        lr_scale=self.lr_scale,
-        budget=self.budget,
-        ranks=gather_object(mine) if self.world > 1 else mine,
-        opt=self.opt.state_dict(),
-        scaler=scaler.state_dict() if scaler else None,
-        cbs={type(c).__name__: c.state_dict() for c in self.cbs if hasattr(c, 'state_dict')},
-    )
+    return dict(step=self.step, tokens=self.tokens, elapsed=self.elapsed, best=self.best,
+                lr_scale=self.lr_scale, budget=self.budget,
+                ranks=gather_object(mine) if self.world > 1 else mine, opt=self.opt.state_dict(),
+                scaler=scaler.state_dict() if scaler else None,
+                cbs={type(c).__name__: c.state_dict() for c in self.cbs if hasattr(c, 'state_dict')})
 
 # %% ../nbs/05_learner.ipynb #c0168
 @patch
@@ -974,14 +964,9 @@ class Checkpointer(Callback):
         if l.folder and self.saved != l.step and not l._updating: self.save()
         if l.folder and l.history and l.is_main: self.plot()
         if l.interrupted:
-            l.say(
-                f'interrupted at step {l.step}: '
-                + (
-                    f'saved in {l.folder}, go on with fit(resume=True)'
-                    if l.folder
-                    else 'no folder was given, nothing is saved'
-                )
-            )
+            l.say(f'interrupted at step {l.step}: ' + (f'saved in {l.folder}, go on with fit(resume=True)'
+                                                       if l.folder
+                                                       else 'no folder was given, nothing is saved'))
 
     def save(self):
         l = self.learn
@@ -997,11 +982,8 @@ class Checkpointer(Callback):
 # %% ../nbs/05_learner.ipynb #c0174
 def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a parameter or buffer
     "Whether every number in the model is finite"
-    return bool(
-        torch.stack(
-            [torch.isfinite(t).all() for t in model.state_dict().values()] or [torch.tensor(True)]
-        ).all()
-    )
+    return bool(torch.stack([torch.isfinite(t).all() for t in model.state_dict().values()]
+                            or [torch.tensor(True)]).all())
 Learner.defaults.append(Checkpointer)
 
 # %% ../nbs/05_learner.ipynb #c0196
@@ -1049,13 +1031,8 @@ class NumericalStabilityMonitor(Callback):
         self.nan_count = self.inf_count = self.large_grad_count = 0
         self.current_strategy = self.good = 0
         self.events, self.changed = [], {}
-        self.recovery_strategies = [
-            'reduce_learning_rate',
-            'reduce_v_max',
-            'reduce_feature_clamp',
-            'adjust_grad_blend',
-            'reset_to_checkpoint',
-        ]
+        self.recovery_strategies = ['reduce_learning_rate', 'reduce_v_max', 'reduce_feature_clamp',
+                                    'adjust_grad_blend', 'reset_to_checkpoint']
     def before_fit(self): self.model = self.model or self.learn.model
 
 # %% ../nbs/05_learner.ipynb #c0205
@@ -1083,11 +1060,8 @@ def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues
 @patch
 def _scale(self:NumericalStabilityMonitor, attr, rule):
     "Apply `rule` to the number or tensor `attr` of every module that has one"
-    hit = [
-        (n, m, getattr(m, attr))
-        for n, m in self.model.named_modules()
-        if isinstance(getattr(m, attr, None), (int, float, Tensor))
-    ]
+    hit = [(n, m, getattr(m, attr)) for n, m in self.model.named_modules()
+           if isinstance(getattr(m, attr, None), (int, float, Tensor))]
     if not hit: return False, f'no module has a {attr}'
     mean = lambda: float(np.mean([torch.as_tensor(getattr(m, attr)).float().mean().item() for _,m,_ in hit]))
     was = mean()
@@ -1183,28 +1157,15 @@ def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output
         named = dict(logits=l.preds, loss_lm=lm) | aux | dict(loss=loss)
         return found or self.check_tensors(named.values(), named)[1][0]
     issues = [i for i in self.check_gradients()[1] if not i.startswith('large')]
-    return (
-        f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '')
-        if issues
-        else 'the gradient norm overflows'
-    )
+    return (f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '') if issues
+            else 'the gradient norm overflows')
 
 # %% ../nbs/05_learner.ipynb #c0218
 @patch
 def state_dict(self:NumericalStabilityMonitor)->dict:
     "Counters, and the bounds that were tightened"
-    return {
-        k: getattr(self, k)
-        for k in (
-            'nan_count',
-            'inf_count',
-            'large_grad_count',
-            'current_strategy',
-            'good',
-            'events',
-            'changed',
-        )
-    }
+    return {k: getattr(self, k) for k in ('nan_count', 'inf_count', 'large_grad_count', 'current_strategy',
+                                          'good', 'events', 'changed')}
 
 @patch
 def load_state_dict(self:NumericalStabilityMonitor, d:dict):
