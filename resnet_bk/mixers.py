@@ -73,7 +73,7 @@ class ShortConv(nn.Module):
     ):
         super().__init__()
         self.width = width
-        taps = .02*torch.randn(width, channels) if identity else torch.empty(width, channels).uniform_(-1, 1)/math.sqrt(width)
+        taps = torch.randn(width, channels)*.02 if identity else (2*torch.rand(width, channels) - 1)/math.sqrt(width)
         if identity: taps[0] += 1
         self.taps = nn.Parameter(taps)                          # newest first
         self.taps._no_weight_decay = True
@@ -97,7 +97,7 @@ class ShortConv(nn.Module):
 
 # %% ../nbs/02_mixers.ipynb #c0012
 class Spectrum(nn.Module):
-    "Learned `z = E + iη` of `n` chains: E spread over the band (-4, 0), η from `eta_max` down to `eta_min` on a logarithmic scale."
+    "Learned `z = E + iη` of `n` chains: E spread over the band (-4, 0), log η from `eta_max` to `eta_min`."
     def __init__(self,
         n:int,               # chains
         eta_min:float=0.01,  # smallest initial width, energy units; memory ≈ 2/η tokens
@@ -128,7 +128,9 @@ def _normed(norm, y): # in the type of the norm's weight
 
 # %% ../nbs/02_mixers.ipynb #c0016
 class BKMixer(nn.Module):
-    "Causal resolvent mixer, one chain per channel: `y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j` with a learned z per channel and an absorbing potential per token as forget gate. O(N)."
+    """Causal resolvent mixer, one chain per channel: `y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j`, O(N).
+
+    z is learned per channel; an absorbing potential per token is the forget gate."""
     fused = True                 # False: the plain form, always
     def __init__(self,
         d_model:int,             # D
@@ -143,7 +145,8 @@ class BKMixer(nn.Module):
         causal:bool=True,        # False: the full solve, for tasks where a token may see later ones
     ):
         super().__init__()
-        if potential not in ('none', 'token'): raise ValueError(f"potential must be 'none' or 'token'; got {potential!r}")
+        if potential not in ('none', 'token'):
+            raise ValueError(f"potential must be 'none' or 'token'; got {potential!r}")
         if features not in (1, 2): raise ValueError(f'features must be 1 or 2; got {features!r}')
         self.d_model, self.absorb, self.potential, self.v_max = d_model, absorb, potential, v_max
         self.features, self.causal = features, causal
@@ -165,8 +168,9 @@ class BKMixer(nn.Module):
 # %% ../nbs/02_mixers.ipynb #c0018
 @patch
 def _check_state(self:BKMixer, state, x):
-    if not self.causal: raise ValueError('a state belongs to causal mixing; with causal=False the whole chain is solved at once')
-    if not isinstance(state, (tuple, list)) or len(state) != 2 or not isinstance(state[1], (tuple, list)) or len(state[1]) != 2:
+    if not self.causal: raise ValueError('a state belongs to causal mixing; causal=False solves the whole chain at once')
+    pair = lambda t: isinstance(t, (tuple, list)) and len(t) == 2
+    if not pair(state) or not pair(state[1]):
         raise ValueError('state: want (conv tail, (g, y)), as `return_state` gave it')
     B, tail = len(x), self.conv and (len(x), self.conv.width - 1, self.n_in*self.channels)
     _check_part('conv tail', state[0], tail, False, x)
@@ -212,7 +216,7 @@ def check_mixer(
     d:int=16,    # width
     eps:float=1e-9, # largest difference
 ):
-    "Hold a mixer, in float64, to the four promises: causal, streams in pieces, separates packed documents, streams token by token."
+    "Hold a mixer, in float64, to its promises: causal, streams in pieces and by token, separates documents."
     torch.manual_seed(1)
     m, x = make(d).double(), torch.randn(2, n, d, dtype=torch.float64)
     for p in m.parameters(): p.data += .1*torch.randn_like(p)
@@ -248,7 +252,9 @@ def _check_pieces(m, x, y, same):
 
 # %% ../nbs/02_mixers.ipynb #71b5d4cb
 class BKFeatureMixer(nn.Module):
-    "Two features per potential, Re G and Im G of the resolvent's diagonal, projected to D: the layer of the original design notes. O(N); keeps no state."
+    """Two features per potential, Re G and Im G of the resolvent's diagonal, projected to D; O(N).
+
+    The layer of the original design notes; it keeps no state."""
     fused = False                # there is only the plain form
     def __init__(self,
         d_model:int,             # D
@@ -269,27 +275,28 @@ class BKFeatureMixer(nn.Module):
             self.absorb_bias._no_weight_decay = True
         self.out_proj = nn.Linear(2*heads, d_model, bias=False)
 
-    def forward(self,
-        x:Tensor,               # (B, N, D)
-        state:tuple=None,       # None
-        cut:Tensor=None,        # (B, N) bool, true where a new document begins
-        return_state:bool=False,# False
-    ):                          # (B, N, D)
-        if state is not None or return_state:
-            raise ValueError('BKFeatureMixer keeps no state; use BKMixer to decode token by token')
-        _check(self, x, state, cut)
-        h = self.in_proj(x)
-        v = _float(h if self.conv is None else self.conv(h, None, cut)[0])
-        w = None
-        if self.absorb:
-            w, v = v.chunk(2, -1)
-            w = F.softplus(w + self.absorb_bias)
-        hop = _hop_of(cut, None)
-        if hop is not None: hop = hop.to(v.dtype).expand(-1, -1, self.heads)
-        y = torch.view_as_real(resolvent_diag(v, self.spectrum(), w, hop, causal=self.causal))
-        return self.out_proj(y.flatten(-2).to(h.dtype))
-
     def extra_repr(self): return f'{self.heads} potentials' + ('' if self.causal else ', two-sided')
+
+# %% ../nbs/02_mixers.ipynb #04fec9ad
+@patch
+def forward(self:BKFeatureMixer,
+    x:Tensor,               # (B, N, D)
+    state:tuple=None,       # None
+    cut:Tensor=None,        # (B, N) bool, true where a new document begins
+    return_state:bool=False,# False
+):                          # (B, N, D)
+    if state is not None or return_state:
+        raise ValueError('BKFeatureMixer keeps no state; use BKMixer to decode token by token')
+    _check(self, x, state, cut)
+    h, w = self.in_proj(x), None
+    v = _float(h if self.conv is None else self.conv(h, None, cut)[0])
+    if self.absorb:
+        w, v = v.chunk(2, -1)
+        w = F.softplus(w + self.absorb_bias)
+    hop = _hop_of(cut, None)
+    if hop is not None: hop = hop.to(v.dtype).expand(-1, -1, self.heads)
+    y = torch.view_as_real(resolvent_diag(v, self.spectrum(), w, hop, causal=self.causal))
+    return self.out_proj(y.flatten(-2).to(h.dtype))
 
 # %% ../nbs/02_mixers.ipynb #c0060
 def resolvent_attention(
@@ -297,13 +304,15 @@ def resolvent_attention(
     k:Tensor,         # (B, N, H, dk) keys
     v:Tensor,         # (B, N, H, dv) values
     g_abs:Tensor,     # (B, N, H) = |resolvent_diag(..., causal=True)|, > 0
-    # (B, N-1, H) hopping ≥ 0, with a state also (B, N, H); None = 1. A zero cuts the chain (its gradient there is 0)
+    # (B, N-1, H) hopping ≥ 0, with a state also (B, N, H); None = 1. A zero cuts the chain, without gradient
     hop:Tensor=None,
     state:Tensor=None,# (B, H, dk, dv) of the tokens before
     return_state:bool=False,
     chunk:int=64,     # tokens per dense block
 ):                    # (B, N, H, dv), or with the state after the last token
-    "`(Q Kᵀ ∘ |G|) V` in O(N): linear attention whose decay is the size of a causal Green's function (chunked as in Mamba-2's SSD)."
+    """`(Q Kᵀ ∘ |G|) V` in O(N): linear attention that decays by the size of a causal Green's function.
+
+    Chunked as in Mamba-2's SSD."""
     (B,N,H,dk), dv, first = q.shape, v.shape[-1], max(q.shape[1]-1, 0)
     if k.shape != q.shape or v.shape[:3] != q.shape[:3] or g_abs.shape != (B,N,H):
         raise ValueError('want q, k (B,N,H,dk), v (B,N,H,dv), g_abs (B,N,H); got '
@@ -354,7 +363,9 @@ def _carry(y, q, k, v, a, A, cuts, state):
 
 # %% ../nbs/02_mixers.ipynb #c0066
 class BKAttention(nn.Module):
-    "Linear attention with a d×d state per head, decaying by the causal Green's function of one chain per head: `y = (Q Kᵀ ∘ |G|) V`. O(N); exact streaming."
+    """Linear attention `y = (Q Kᵀ ∘ |G|) V`, O(N), with exact streaming.
+
+    Each head has a d×d state, which decays by the causal Green's function of the head's chain."""
     fused = True                # False: the plain form, always
     def __init__(self,
         d_model:int,            # D
@@ -413,6 +424,7 @@ def forward(self:BKAttention,
     # an empty piece leaves the state as it was
     return y, (tail, g[:,-1] if g.shape[1] else g.new_zeros(len(g), self.n_heads) if g0 is None else g0, S)
 
+# %% ../nbs/02_mixers.ipynb #786d23e6
 @patch
 def _between(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     "From the projection and the pivots to what is projected back; the new conv tail and state."
