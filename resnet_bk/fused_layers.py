@@ -1063,9 +1063,11 @@ _KINDS = {torch.float32: ('f32', 'float', 'float'), torch.float64: ('f64', 'doub
 def _libraries(name, source): # type in memory -> library
     return {t: CppLibrary(f'{name}_{n}', Cpp(f'#define REAL {real}\n#define DATA {data}\n') + source)
             for t,(n,real,data) in _KINDS.items()}
-LAYER = _libraries('bk_layer', CPP_LANES + CPP_STEPS + CPP_MATH + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
+_TOOLS = CPP_LANES + CPP_STEPS + CPP_MATH
+LAYER = _libraries('bk_layer', _TOOLS + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
 
-def _real(t): return torch.float64 if t == torch.float64 else torch.float32 # type of the arithmetic on data of type t
+# type of the arithmetic on data of type t
+def _real(t): return torch.float64 if t == torch.float64 else torch.float32
 def _new(dtype, *shape): return torch.empty(shape, dtype=dtype, device='cpu')
 def _tidy(*ts): # contiguous, nothing lazy
     return [t if t is None else t.resolve_conj().resolve_neg().contiguous() for t in ts]
@@ -1114,7 +1116,9 @@ def _enter_layer(name, h, ps, nums, cut=None, past=None, g0=None, end=None, out=
     need('grads', grads, f, taps.numel() + (4 + features)*C)
     c.enter(LAYER[d], name)
 
-def _kept_shape(h, scale): return h.shape[0], -(-h.shape[1]//(32 if scale.dtype == torch.float64 else 16)), 4, len(scale)
+def _kept_shape(h, scale):
+    rows = 32 if scale.dtype == torch.float64 else 16
+    return h.shape[0], (h.shape[1] + rows - 1)//rows, 4, len(scale)
 
 # %% ../nbs/02b_fused_layers.ipynb #f392aff4
 def _layer(h, cut, ps, nums, past=None, g0=None, keep=True):
@@ -1243,7 +1247,7 @@ def layer_params(m:BKMixer, t): # of the data h
 
 # %% ../nbs/02b_fused_layers.ipynb #7afc09fd
 def _untouched(kinds): # [(module, its class)]
-    "Whether these modules are of exactly these classes, with their own parameters and `forward`, and nobody hooked on."
+    "Whether these modules are of exactly these classes, with their own `forward`, and nobody hooked on."
     if any((_module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
             _module._global_backward_pre_hooks)): return False
     for m,kind in kinds:
@@ -2169,14 +2173,15 @@ ENTRY(bk_attention_backward, attention, true)
 ''')
 
 # %% ../nbs/02b_fused_layers.ipynb #c0090
-ATTENTION = _libraries('bk_attention', CPP_LANES + CPP_STEPS + CPP_MATH + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
+ATTENTION = _libraries('bk_attention', _TOOLS + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
 
-def _kept_states(h, H, weight): # memory for the states before the chunks; the first is zero, which the CPU kernel knows
+# memory for the states before the chunks; the first is zero, which the CPU kernel knows
+def _kept_states(h, H, weight):
     (B,N,_), d, cpu = h.shape, weight.shape[0], h.device.type == 'cpu'
     return weight.new_empty(B, H, (max(N, 1) + 63)//64 - 1 if cpu else (N + 63)//64, d, d)
 
-def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, end=None, out=None, r=None, kept=None,
-                     dout=None, dh=None, dg=None, grads=None):
+def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, end=None, out=None, r=None,
+                     kept=None, dout=None, dh=None, dg=None, grads=None):
     (B,N,F_), H, d_head, back = h.shape, log_g.shape[-1], len(weight), dout is not None
     D = H*d_head
     if F_ < 4*D: raise ValueError(f'h: want at least {4*D} columns; got {F_}')
@@ -2217,7 +2222,8 @@ def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
 
 # %% ../nbs/02b_fused_layers.ipynb #c0092
 @torch.library.custom_op('resnet_bk::attention', mutates_args=(), device_types='cpu')
-def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
+def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float
+                 ) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the projections of `BKAttention`: (B, N, D), and what the backward pass keeps."
     return _attention(h, cut, taps, log_g, weight, eps)[:3]
 
@@ -2227,8 +2233,8 @@ def _(h, cut, taps, log_g, weight, eps):
     return h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=weight.dtype), _kept_states(h, H, weight)
 
 @torch.library.custom_op('resnet_bk::attention_backward', mutates_args=(), device_types='cpu')
-def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, out:Tensor, r:Tensor,
-                          kept:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
+def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, out:Tensor,
+                          r:Tensor, kept:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
     "Adjoint of `attention`: gradients of h and log_g, and those of taps and weight in one row."
     return _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps)
 
@@ -2254,7 +2260,8 @@ def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, d
     if col + H > F_: raise ValueError(f'h: want {col + H} columns; got {F_}')
     c = _LayerCall(h)
     f = c.real
-    c.ints(B, N, H, col, F_, torch.get_num_threads()).rows('h', h, c.data, (B, N, F_)).may('cut', cut, torch.bool, B, N)
+    c.ints(B, N, H, col, F_, torch.get_num_threads()).rows('h', h, c.data, (B, N, F_))
+    c.may('cut', cut, torch.bool, B, N)
     c.must('bias', bias, f, H).must('E', E, f, H).must('eta', eta, f, H)
     c.must('log_g', log_g, f, B, N, H).must('g', g, f, B, N, H, 2).may('g0', g0, f, B, H, 2)
     need = c.must if back else c.may
