@@ -18,29 +18,31 @@ from .bk_core import resolvent_diag, resolvent_mix
 # %% ../nbs/02_mixers.ipynb #c0007
 def _cast(x): # the type in which matrix products on `x` run; autocast leaves float64 alone
     dev = x.device.type
-    return torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) and x.dtype != torch.float64 else x.dtype
+    casts = torch.is_autocast_enabled(dev) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(dev) if casts else x.dtype
 
 def _check_part(name, t, shape, complex, x):
     if t is None and shape is None: return
     kind = 'complex' if complex else 'floating'
     if (not isinstance(t, Tensor) or shape is None or t.shape != shape or t.device != x.device
         or not (t.is_complex() if complex else t.is_floating_point())):
-        want = 'None (this layer has no convolution)' if shape is None else f'{kind} {tuple(shape)} on {x.device}'
+        want = 'None (no convolution here)' if shape is None else f'{kind} {tuple(shape)} on {x.device}'
         got = f'{t.dtype} {tuple(t.shape)} on {t.device}' if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f'{name} of the state: want {want}; got {got}')
 
 def _check(layer, x, state, cut):
-    "Refuse what no form of the layer can compute: type, shape and device of x, cut and every part of the state."
+    "Refuse what no form of the layer can compute: wrong type, shape or device of x, cut or state."
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != layer.d_model or not x.is_floating_point():
         raise ValueError(f'x: want a floating tensor (B, N, {layer.d_model}); got '
                          f'{f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__}')
     w = getattr(layer.in_proj, 'weight', None)
     if isinstance(w, Tensor) and w.is_floating_point() and _cast(x) != _cast(w):
         raise ValueError(f'x: want {w.dtype} like the weights (or autocast); got {x.dtype}')
-    if cut is not None and not (isinstance(cut, Tensor) and cut.dtype == torch.bool and cut.shape == x.shape[:2]
-                                and cut.device == x.device):
-        got = f'{cut.dtype} {tuple(cut.shape)} on {cut.device}' if isinstance(cut, Tensor) else type(cut).__name__
-        raise ValueError(f'cut: want bool {tuple(x.shape[:2])} on {x.device}, true where a document begins; got {got}')
+    if cut is not None and not (isinstance(cut, Tensor) and cut.dtype == torch.bool
+                                and cut.shape == x.shape[:2] and cut.device == x.device):
+        is_t = isinstance(cut, Tensor)
+        got = f'{cut.dtype} {tuple(cut.shape)} on {cut.device}' if is_t else type(cut).__name__
+        raise ValueError(f'cut: want bool {tuple(x.shape[:2])} on {x.device}, true at a new document; got {got}')
     if state is not None: layer._check_state(state, x)
 
 def _by_kernel(layer, x, state, cut, return_state): # the registered kernel's result, or None
@@ -73,7 +75,8 @@ class ShortConv(nn.Module):
     ):
         super().__init__()
         self.width = width
-        taps = torch.randn(width, channels)*.02 if identity else (2*torch.rand(width, channels) - 1)/math.sqrt(width)
+        taps = torch.randn(width, channels) if identity else torch.empty(width, channels).uniform_(-1, 1)
+        taps *= .02 if identity else 1/math.sqrt(width)
         if identity: taps[0] += 1
         self.taps = nn.Parameter(taps)                          # newest first
         self.taps._no_weight_decay = True
@@ -105,11 +108,13 @@ class Spectrum(nn.Module):
         margin:float=0.1,    # distance of E from the band edges at the start
     ):
         super().__init__()
-        if not 0 < eta_min <= eta_max: raise ValueError(f'want 0 < eta_min ≤ eta_max; got {eta_min}, {eta_max}')
+        if not 0 < eta_min <= eta_max:
+            raise ValueError(f'want 0 < eta_min ≤ eta_max; got {eta_min}, {eta_max}')
         golden = (torch.arange(n)*0.6180339887 + .5) % 1
         low, high = math.log(eta_min), math.log(eta_max)
         self.E = nn.Parameter(-2 + (2 - margin)*torch.cos(math.pi*golden) if n > 1 else torch.tensor([-2.]))
-        self.log_eta = nn.Parameter(torch.linspace(high, low, n) if n > 1 else torch.tensor([.5*(low + high)]))
+        log_eta = torch.linspace(high, low, n) if n > 1 else torch.tensor([.5*(low + high)])
+        self.log_eta = nn.Parameter(log_eta)
         for p in self.parameters(): p._no_weight_decay = True
 
     def forward(self): # (n,) complex
@@ -168,7 +173,8 @@ class BKMixer(nn.Module):
 # %% ../nbs/02_mixers.ipynb #c0018
 @patch
 def _check_state(self:BKMixer, state, x):
-    if not self.causal: raise ValueError('a state belongs to causal mixing; causal=False solves the whole chain at once')
+    if not self.causal:
+        raise ValueError('a state belongs to causal mixing; causal=False solves the whole chain at once')
     pair = lambda t: isinstance(t, (tuple, list)) and len(t) == 2
     if not pair(state) or not pair(state[1]):
         raise ValueError('state: want (conv tail, (g, y)), as `return_state` gave it')
@@ -227,7 +233,8 @@ def check_mixer(
     test_eq(((moved[:9] == 0).all().item(), (moved[9:] > 0).all().item()), (True, True))
     m(xg)[:,9].square().sum().backward()
     test_eq(xg.grad[:,10:].abs().max().item(), 0.)
-    assert torch.autograd.gradcheck(lambda x: m(x).sum((0, 1)), x[:,:5].clone().requires_grad_(), fast_mode=True)
+    short = x[:,:5].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: m(x).sum((0, 1)), short, fast_mode=True)
     test_eq((m(x[:0]).shape, m(x[:,:0]).shape), ((0, n, d), (2, 0, d)))
     for grad in (True, False):
         with torch.set_grad_enabled(grad): _check_pieces(m, x, y, same)
@@ -318,7 +325,8 @@ def resolvent_attention(
         raise ValueError('want q, k (B,N,H,dk), v (B,N,H,dv), g_abs (B,N,H); got '
                          f'{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, {tuple(g_abs.shape)}')
     if hop is not None and hop.shape[1] not in ((first, N) if state is not None else (first,)):
-        raise ValueError(f'hop must be (B, N-1, H){" or (B, N, H)" if state is not None else ""}; got {tuple(hop.shape)}')
+        also = ' or (B, N, H)' if state is not None else ''
+        raise ValueError(f'hop must be (B, N-1, H){also}; got {tuple(hop.shape)}')
     if state is not None and state.shape != (B, H, dk, dv):
         raise ValueError(f'state must be (B, H, dk, dv) = {(B, H, dk, dv)}; got {tuple(state.shape)}')
     if not N: return (v, q.new_zeros(B, H, dk, dv) if state is None else state) if return_state else v
@@ -328,7 +336,8 @@ def resolvent_attention(
     # (B, N, H, ...) -> (B, H, n, Q, ...); no copy if heads already lie outside tokens in memory
     def blocks(x, fill=0.):
         x = x.transpose(1, 2)
-        return (F.pad(x, (0, 0)*(x.ndim-3) + (0, pad), value=fill) if pad else x.contiguous()).unflatten(2, (n, Q))
+        x = F.pad(x, (0, 0)*(x.ndim-3) + (0, pad), value=fill) if pad else x.contiguous()
+        return x.unflatten(2, (n, Q))
     q, k, v, a = blocks(q), blocks(k), blocks(v), blocks(g_abs.log())
     step, cuts = a, None
     if hop is not None:
@@ -348,7 +357,8 @@ def resolvent_attention(
 # %% ../nbs/02_mixers.ipynb #c0061
 def _carry(y, q, k, v, a, A, cuts, state):
     "Between chunks: each adds to the matrix state what it saw, and reads what those before it left."
-    end, into = A[...,-1:] - (A - a), A         # decay from token j to the chunk's end; from the chunk's start to token i
+    # decay from token j to the chunk's end; from the chunk's start to token i
+    end, into = A[...,-1:] - (A - a), A
     if cuts is not None:
         end = end.masked_fill(cuts != cuts[...,-1:], -math.inf)
         into = into.masked_fill(cuts > 0, -math.inf)
@@ -378,7 +388,8 @@ class BKAttention(nn.Module):
     ):
         super().__init__()
         n_heads = n_heads or max(1, d_model//64)
-        if d_model % n_heads: raise ValueError(f'd_model must be a multiple of n_heads; got {d_model} and {n_heads}')
+        if d_model % n_heads:
+            raise ValueError(f'd_model must be a multiple of n_heads; got {d_model} and {n_heads}')
         self.d_model, self.n_heads, self.chunk, self.phase = d_model, n_heads, chunk, phase
         self.in_proj = nn.Linear(d_model, 4*d_model, bias=False)          # columns q | k | v | gate
         self.absorb_proj = nn.Linear(d_model, n_heads, bias=False)
@@ -431,7 +442,7 @@ def _between(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     D, H = self.d_model, self.n_heads
     x, gate = h.split([3*D, D], -1)
     if self.conv is not None: x, tail = self.conv(x, tail, cut)
-    x = _float(x).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous()     # heads outside in memory
+    x = _float(x).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous() # heads outside in memory
     q, k, v = F.silu(x).transpose(2, 3).unbind(0)                                     # (B, N, H, d)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if self.phase: y = _with_phase(q, k, v, g)
