@@ -1063,9 +1063,11 @@ _KINDS = {torch.float32: ('f32', 'float', 'float'), torch.float64: ('f64', 'doub
 def _libraries(name, source): # type in memory -> library
     return {t: CppLibrary(f'{name}_{n}', Cpp(f'#define REAL {real}\n#define DATA {data}\n') + source)
             for t,(n,real,data) in _KINDS.items()}
-LAYER = _libraries('bk_layer', CPP_LANES + CPP_STEPS + CPP_MATH + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
+_TOOLS = CPP_LANES + CPP_STEPS + CPP_MATH
+LAYER = _libraries('bk_layer', _TOOLS + CPP_LAYER + CPP_LAYER_BACKWARD + CPP_LAYER_ENTRY)
 
-def _real(t): return torch.float64 if t == torch.float64 else torch.float32 # type of the arithmetic on data of type t
+# type of the arithmetic on data of type t
+def _real(t): return torch.float64 if t == torch.float64 else torch.float32
 def _new(dtype, *shape): return torch.empty(shape, dtype=dtype, device='cpu')
 def _tidy(*ts): # contiguous, nothing lazy
     return [t if t is None else t.resolve_conj().resolve_neg().contiguous() for t in ts]
@@ -1114,11 +1116,13 @@ def _enter_layer(name, h, ps, nums, cut=None, past=None, g0=None, end=None, out=
     need('grads', grads, f, taps.numel() + (4 + features)*C)
     c.enter(LAYER[d], name)
 
-def _kept_shape(h, scale): return h.shape[0], -(-h.shape[1]//(32 if scale.dtype == torch.float64 else 16)), 4, len(scale)
+def _kept_shape(h, scale):
+    rows = 32 if scale.dtype == torch.float64 else 16
+    return h.shape[0], (h.shape[1] + rows - 1)//rows, 4, len(scale)
 
 # %% ../nbs/02b_fused_layers.ipynb #f392aff4
 def _layer(h, cut, ps, nums, past=None, g0=None, keep=True):
-    "Forward on the CPU: output, 1/r, the states at the blocks, the state at the end; of the last three what is asked for."
+    "Forward on the CPU: output; to `keep` 1/r and the states at the blocks, otherwise the state at the end."
     h, (cut, *ps) = _by_rows(h), _tidy(cut, *ps)
     (B,N,_), scale = h.shape, ps[4]
     out, f = _new(h.dtype, B, N, nums[2]*len(scale)), scale.dtype
@@ -1151,8 +1155,9 @@ def _(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_
 def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor,
                       weight:Tensor, out:Tensor, r:Tensor, kept:Tensor, v_max:float, eps:float, features:int,
                       act:bool, has_v:bool) -> Tuple[Tensor, Tensor]:
-    "Adjoint of `layer`: the gradient of h, and those of the parameters in one row (taps, bias, scale, E, eta, weight)."
-    return _layer_backward(g, h, cut, (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_v), out, r, kept)
+    "Adjoint of `layer`: the gradient of h; in one row those of taps, bias, scale, E, eta, weight."
+    ps, nums = (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_v)
+    return _layer_backward(g, h, cut, ps, nums, out, r, kept)
 
 @layer_backward_op.register_fake
 def _(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
@@ -1186,7 +1191,10 @@ def _outer(g, x, lib): # gᵀ x: sum over tokens
     return w
 
 class _Node(torch.autograd.Function):
-    "`kernel(x w_inᵀ) w_outᵀ` as one node. `kernel` has `forward(h, *args) → out, *kept` and `backward(g, h, *args, out, *kept) → gradients of h and of args`; `kept` are tensors."
+    """`kernel(x w_inᵀ) w_outᵀ` as one node.
+
+    `kernel` has `forward(h, *args) → out, *kept`, where `kept` are tensors, and
+    `backward(g, h, *args, out, *kept) → gradients of h and of args`."""
     @staticmethod
     def forward(ctx, kernel, x, w_in, w_out, *args):
         ctx.kernel, ctx.types, t = kernel, (x.dtype, w_in.dtype, w_out.dtype), _cast(x)
@@ -1230,15 +1238,16 @@ def _taps(conv, n, like, t): # (4, n) in type t; no convolution: 1, 0, 0, 0
     return (F.pad(like.new_ones(1, n), (0, 0, 0, 3)) if conv is None else conv.taps).to(t).contiguous()
 
 def layer_params(m:BKMixer, t): # of the data h
-    "What the kernel needs besides h: (taps, bias, E, log η, scale, weight) in the type of the arithmetic, and (v_max, eps, features, act, has_v)."
+    "What the kernel needs besides h: [taps, bias, E, log η, scale, weight], (v_max, eps, features, act, has_v)."
     f = _real(t)
     ps = m.absorb_bias if m.absorb else None, m.spectrum.E, m.spectrum.log_eta, m.scale, m.norm.weight
     ps = [p if p is None else p.to(f).contiguous() for p in ps]
-    return [_taps(m.conv, m.n_in*m.channels, m.scale, f), *ps], (m.v_max, m.norm.eps, m.features, m.conv is not None, m.potential == 'token')
+    nums = m.v_max, m.norm.eps, m.features, m.conv is not None, m.potential == 'token'
+    return [_taps(m.conv, m.n_in*m.channels, m.scale, f), *ps], nums
 
 # %% ../nbs/02b_fused_layers.ipynb #7afc09fd
 def _untouched(kinds): # [(module, its class)]
-    "Whether these modules are of exactly these classes, with their own parameters and `forward`, and nobody hooked on."
+    "Whether these modules are of exactly these classes, with their own `forward`, and nobody hooked on."
     if any((_module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
             _module._global_backward_pre_hooks)): return False
     for m,kind in kinds:
@@ -1262,10 +1271,7 @@ def _plainly(layer, x, state, cut, ps): # eager: nothing watches, one type, no g
     ts = [x, cut, *states, *ps]
     return unwatched(*ts) and not _watching() and all(p is None or p.dtype == ps[0].dtype for p in ps)
 
-def _needs_grad(x, state, ps):
-    return torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in ps))
-
-def _built(libraries, name): return next(l for l in libraries.values() if l.name == name).load() is not None
+def _needs_grad(x, ps): return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in ps))
 def _layer_built(t): return LAYER[t].load() is not None
 _layer_built._dynamo_marked_constant = True             # a compiler asks once
 
@@ -1275,12 +1281,14 @@ def _mixer_on_cpu(m, x, state, cut, return_state):
     if t not in _KINDS or not m.causal or not _as_built(m, m.in_proj, m.out_proj): return None
     if x.shape[1] >= 2048 and x.shape[0]*m.channels < 16*_threads(): return None
     if compiling:
-        if state is not None or return_state or torch._C._are_functorch_transforms_active() or not _layer_built(t): return None
+        if state is not None or return_state or torch._C._are_functorch_transforms_active(): return None
+        if not _layer_built(t): return None
         (*ps, scale, weight), nums = layer_params(m, t)
         ps[3] = ps[3].exp()
         return m.out_proj(layer_op(m.in_proj(x), cut, *ps, scale, weight, *nums)[0])
-    if not _plainly(m, x, state, cut, [m.in_proj.weight, *m.parameters()]): return None
-    need = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in m.parameters()))
+    own = list(m.parameters())
+    if not _plainly(m, x, state, cut, own): return None
+    need = _needs_grad(x, own)
     if need and (state is not None or return_state) or not _layer_built(t): return None
     ps, nums = layer_params(m, t)
     w_in, w_out = m.in_proj.weight, m.out_proj.weight
@@ -1295,6 +1303,7 @@ def _mixer_on_cpu(m, x, state, cut, return_state):
     tail = None if m.conv is None else m.conv.tail(h[...,:m.n_in*m.channels], past, cut)
     return y, (tail, tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
 
+# %% ../nbs/02b_fused_layers.ipynb #4e5b5e50
 def _mixer_state(state, t): # as the kernel takes it: rows for the convolution, (B, C, 4) of g and y
     tail, chain = state
     parts = [torch.view_as_real(s.resolve_conj().resolve_neg()) for s in chain]
@@ -2164,14 +2173,15 @@ ENTRY(bk_attention_backward, attention, true)
 ''')
 
 # %% ../nbs/02b_fused_layers.ipynb #c0090
-ATTENTION = _libraries('bk_attention', CPP_LANES + CPP_STEPS + CPP_MATH + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
+ATTENTION = _libraries('bk_attention', _TOOLS + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
 
-def _kept_states(h, H, weight): # memory for the states before the chunks; the first is zero, which the CPU kernel knows
+# memory for the states before the chunks; the first is zero, which the CPU kernel knows
+def _kept_states(h, H, weight):
     (B,N,_), d, cpu = h.shape, weight.shape[0], h.device.type == 'cpu'
     return weight.new_empty(B, H, (max(N, 1) + 63)//64 - 1 if cpu else (N + 63)//64, d, d)
 
-def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, end=None, out=None, r=None, kept=None,
-                     dout=None, dh=None, dg=None, grads=None):
+def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, end=None, out=None, r=None,
+                     kept=None, dout=None, dh=None, dg=None, grads=None):
     (B,N,F_), H, d_head, back = h.shape, log_g.shape[-1], len(weight), dout is not None
     D = H*d_head
     if F_ < 4*D: raise ValueError(f'h: want at least {4*D} columns; got {F_}')
@@ -2193,7 +2203,7 @@ def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, 
 
 # %% ../nbs/02b_fused_layers.ipynb #c0091
 def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True):
-    "Forward on the CPU: output, 1/r per head, the states at the chunks, the state at the end; of the last three what is asked for."
+    "Forward on the CPU: output; to `keep` 1/r and the states at the chunks, otherwise the state at the end."
     h, (cut, taps, log_g, weight) = _by_rows(h), _tidy(cut, taps, log_g, weight)
     (B,N,_), H, d, f = h.shape, log_g.shape[2], len(weight), weight.dtype
     out, end = _new(h.dtype, B, N, H*d), None if keep else torch.zeros(B, H, d, d, dtype=f, device='cpu')
@@ -2202,7 +2212,7 @@ def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True):
     return out, r, kept, end
 
 def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
-    "Gradients of h and log_g, and those of taps and weight in one row. Columns of h behind the gate are left as they are."
+    "Gradients of h and log_g, and those of taps and weight in one row. Columns behind the gate are not written."
     h, (g, cut, taps, log_g, weight) = _by_rows(h), _tidy(g, cut, taps, log_g, weight)
     dh, dg = _new(h.dtype, *h.shape), _new(log_g.dtype, *log_g.shape)
     grads = _new(taps.dtype, taps.numel() + len(weight))
@@ -2212,7 +2222,8 @@ def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
 
 # %% ../nbs/02b_fused_layers.ipynb #c0092
 @torch.library.custom_op('resnet_bk::attention', mutates_args=(), device_types='cpu')
-def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
+def attention_op(h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, eps:float
+                 ) -> Tuple[Tensor, Tensor, Tensor]:
     "Everything between the projections of `BKAttention`: (B, N, D), and what the backward pass keeps."
     return _attention(h, cut, taps, log_g, weight, eps)[:3]
 
@@ -2222,8 +2233,8 @@ def _(h, cut, taps, log_g, weight, eps):
     return h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=weight.dtype), _kept_states(h, H, weight)
 
 @torch.library.custom_op('resnet_bk::attention_backward', mutates_args=(), device_types='cpu')
-def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, out:Tensor, r:Tensor,
-                          kept:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
+def attention_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, log_g:Tensor, weight:Tensor, out:Tensor,
+                          r:Tensor, kept:Tensor, eps:float) -> Tuple[Tensor, Tensor, Tensor]:
     "Adjoint of `attention`: gradients of h and log_g, and those of taps and weight in one row."
     return _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps)
 
@@ -2249,7 +2260,8 @@ def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, d
     if col + H > F_: raise ValueError(f'h: want {col + H} columns; got {F_}')
     c = _LayerCall(h)
     f = c.real
-    c.ints(B, N, H, col, F_, torch.get_num_threads()).rows('h', h, c.data, (B, N, F_)).may('cut', cut, torch.bool, B, N)
+    c.ints(B, N, H, col, F_, torch.get_num_threads()).rows('h', h, c.data, (B, N, F_))
+    c.may('cut', cut, torch.bool, B, N)
     c.must('bias', bias, f, H).must('E', E, f, H).must('eta', eta, f, H)
     c.must('log_g', log_g, f, B, N, H).must('g', g, f, B, N, H, 2).may('g0', g0, f, B, H, 2)
     need = c.must if back else c.may
@@ -2281,11 +2293,12 @@ class _AttentionKernel:
 
 # %% ../nbs/02b_fused_layers.ipynb #499dbfec
 def attention_params(m:BKAttention, t): # of the data h
-    "What the kernels need besides h, in the type of the arithmetic: (taps, bias, E, log η, weight)."
+    "What the kernels need besides h: [taps, bias, E, log η, weight]."
     f = _real(t)
     ps = m.absorb_bias, m.spectrum.E, m.spectrum.log_eta, m.norm.weight
     return [_taps(m.conv, 3*m.d_model, m.norm.weight, f), *(p.to(f).contiguous() for p in ps)]
 
+# %% ../nbs/02b_fused_layers.ipynb #5db46943
 def _attention_built(t): return ATTENTION[t].load() is not None
 _attention_built._dynamo_marked_constant = True
 
@@ -2299,7 +2312,7 @@ def _attention_on_cpu(m, x, state, cut, return_state):
         return _attention_compiled(m, x, cut) if _attention_built(t) else None
     ts = list(m.parameters())
     if not _plainly(m, x, state, cut, ts): return None
-    need = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in ts))
+    need = _needs_grad(x, ts)
     if need and (state is not None or return_state) or not _attention_built(t): return None
     ps, w_in, w_out, w_a = attention_params(m, t), m.in_proj.weight, m.out_proj.weight, m.absorb_proj.weight
     if need:
@@ -2317,6 +2330,7 @@ def _attention_on_cpu(m, x, state, cut, return_state):
     elif state is None: g0, S = torch.zeros(len(x), H, 2, dtype=end.dtype, device='cpu'), end
     return y, (tail, torch.view_as_complex(g0), S)
 
+# %% ../nbs/02b_fused_layers.ipynb #7d11125a
 def _attention_state(state, t): # as the kernels take it
     (tail, g, S), f = state, _real(t)
     g = torch.view_as_real(g.resolve_conj().resolve_neg()).to(f)

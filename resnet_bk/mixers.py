@@ -18,29 +18,31 @@ from .bk_core import resolvent_diag, resolvent_mix
 # %% ../nbs/02_mixers.ipynb #c0007
 def _cast(x): # the type in which matrix products on `x` run; autocast leaves float64 alone
     dev = x.device.type
-    return torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) and x.dtype != torch.float64 else x.dtype
+    casts = torch.is_autocast_enabled(dev) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(dev) if casts else x.dtype
 
 def _check_part(name, t, shape, complex, x):
     if t is None and shape is None: return
     kind = 'complex' if complex else 'floating'
     if (not isinstance(t, Tensor) or shape is None or t.shape != shape or t.device != x.device
         or not (t.is_complex() if complex else t.is_floating_point())):
-        want = 'None (this layer has no convolution)' if shape is None else f'{kind} {tuple(shape)} on {x.device}'
+        want = 'None (no convolution here)' if shape is None else f'{kind} {tuple(shape)} on {x.device}'
         got = f'{t.dtype} {tuple(t.shape)} on {t.device}' if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f'{name} of the state: want {want}; got {got}')
 
 def _check(layer, x, state, cut):
-    "Refuse what no form of the layer can compute: type, shape and device of x, cut and every part of the state."
+    "Refuse what no form of the layer can compute: wrong type, shape or device of x, cut or state."
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != layer.d_model or not x.is_floating_point():
         raise ValueError(f'x: want a floating tensor (B, N, {layer.d_model}); got '
                          f'{f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__}')
     w = getattr(layer.in_proj, 'weight', None)
     if isinstance(w, Tensor) and w.is_floating_point() and _cast(x) != _cast(w):
         raise ValueError(f'x: want {w.dtype} like the weights (or autocast); got {x.dtype}')
-    if cut is not None and not (isinstance(cut, Tensor) and cut.dtype == torch.bool and cut.shape == x.shape[:2]
-                                and cut.device == x.device):
-        got = f'{cut.dtype} {tuple(cut.shape)} on {cut.device}' if isinstance(cut, Tensor) else type(cut).__name__
-        raise ValueError(f'cut: want bool {tuple(x.shape[:2])} on {x.device}, true where a document begins; got {got}')
+    if cut is not None and not (isinstance(cut, Tensor) and cut.dtype == torch.bool
+                                and cut.shape == x.shape[:2] and cut.device == x.device):
+        is_t = isinstance(cut, Tensor)
+        got = f'{cut.dtype} {tuple(cut.shape)} on {cut.device}' if is_t else type(cut).__name__
+        raise ValueError(f'cut: want bool {tuple(x.shape[:2])} on {x.device}, true at a new document; got {got}')
     if state is not None: layer._check_state(state, x)
 
 def _by_kernel(layer, x, state, cut, return_state): # the registered kernel's result, or None
@@ -73,7 +75,8 @@ class ShortConv(nn.Module):
     ):
         super().__init__()
         self.width = width
-        taps = .02*torch.randn(width, channels) if identity else torch.empty(width, channels).uniform_(-1, 1)/math.sqrt(width)
+        taps = torch.randn(width, channels) if identity else torch.empty(width, channels).uniform_(-1, 1)
+        taps *= .02 if identity else 1/math.sqrt(width)
         if identity: taps[0] += 1
         self.taps = nn.Parameter(taps)                          # newest first
         self.taps._no_weight_decay = True
@@ -97,7 +100,7 @@ class ShortConv(nn.Module):
 
 # %% ../nbs/02_mixers.ipynb #c0012
 class Spectrum(nn.Module):
-    "Learned `z = E + iη` of `n` chains: E spread over the band (-4, 0), η from `eta_max` down to `eta_min` on a logarithmic scale."
+    "Learned `z = E + iη` of `n` chains: E spread over the band (-4, 0), log η from `eta_max` to `eta_min`."
     def __init__(self,
         n:int,               # chains
         eta_min:float=0.01,  # smallest initial width, energy units; memory ≈ 2/η tokens
@@ -105,11 +108,13 @@ class Spectrum(nn.Module):
         margin:float=0.1,    # distance of E from the band edges at the start
     ):
         super().__init__()
-        if not 0 < eta_min <= eta_max: raise ValueError(f'want 0 < eta_min ≤ eta_max; got {eta_min}, {eta_max}')
+        if not 0 < eta_min <= eta_max:
+            raise ValueError(f'want 0 < eta_min ≤ eta_max; got {eta_min}, {eta_max}')
         golden = (torch.arange(n)*0.6180339887 + .5) % 1
         low, high = math.log(eta_min), math.log(eta_max)
         self.E = nn.Parameter(-2 + (2 - margin)*torch.cos(math.pi*golden) if n > 1 else torch.tensor([-2.]))
-        self.log_eta = nn.Parameter(torch.linspace(high, low, n) if n > 1 else torch.tensor([.5*(low + high)]))
+        log_eta = torch.linspace(high, low, n) if n > 1 else torch.tensor([.5*(low + high)])
+        self.log_eta = nn.Parameter(log_eta)
         for p in self.parameters(): p._no_weight_decay = True
 
     def forward(self): # (n,) complex
@@ -128,7 +133,9 @@ def _normed(norm, y): # in the type of the norm's weight
 
 # %% ../nbs/02_mixers.ipynb #c0016
 class BKMixer(nn.Module):
-    "Causal resolvent mixer, one chain per channel: `y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j` with a learned z per channel and an absorbing potential per token as forget gate. O(N)."
+    """Causal resolvent mixer, one chain per channel: `y_i = Σ_{j≤i} G⁽ⁱ⁾_ij u_j`, O(N).
+
+    z is learned per channel; an absorbing potential per token is the forget gate."""
     fused = True                 # False: the plain form, always
     def __init__(self,
         d_model:int,             # D
@@ -143,7 +150,8 @@ class BKMixer(nn.Module):
         causal:bool=True,        # False: the full solve, for tasks where a token may see later ones
     ):
         super().__init__()
-        if potential not in ('none', 'token'): raise ValueError(f"potential must be 'none' or 'token'; got {potential!r}")
+        if potential not in ('none', 'token'):
+            raise ValueError(f"potential must be 'none' or 'token'; got {potential!r}")
         if features not in (1, 2): raise ValueError(f'features must be 1 or 2; got {features!r}')
         self.d_model, self.absorb, self.potential, self.v_max = d_model, absorb, potential, v_max
         self.features, self.causal = features, causal
@@ -165,8 +173,10 @@ class BKMixer(nn.Module):
 # %% ../nbs/02_mixers.ipynb #c0018
 @patch
 def _check_state(self:BKMixer, state, x):
-    if not self.causal: raise ValueError('a state belongs to causal mixing; with causal=False the whole chain is solved at once')
-    if not isinstance(state, (tuple, list)) or len(state) != 2 or not isinstance(state[1], (tuple, list)) or len(state[1]) != 2:
+    if not self.causal:
+        raise ValueError('a state belongs to causal mixing; causal=False solves the whole chain at once')
+    pair = lambda t: isinstance(t, (tuple, list)) and len(t) == 2
+    if not pair(state) or not pair(state[1]):
         raise ValueError('state: want (conv tail, (g, y)), as `return_state` gave it')
     B, tail = len(x), self.conv and (len(x), self.conv.width - 1, self.n_in*self.channels)
     _check_part('conv tail', state[0], tail, False, x)
@@ -212,7 +222,7 @@ def check_mixer(
     d:int=16,    # width
     eps:float=1e-9, # largest difference
 ):
-    "Hold a mixer, in float64, to the four promises: causal, streams in pieces, separates packed documents, streams token by token."
+    "Hold a mixer, in float64, to its promises: causal, streams in pieces and by token, separates documents."
     torch.manual_seed(1)
     m, x = make(d).double(), torch.randn(2, n, d, dtype=torch.float64)
     for p in m.parameters(): p.data += .1*torch.randn_like(p)
@@ -223,7 +233,8 @@ def check_mixer(
     test_eq(((moved[:9] == 0).all().item(), (moved[9:] > 0).all().item()), (True, True))
     m(xg)[:,9].square().sum().backward()
     test_eq(xg.grad[:,10:].abs().max().item(), 0.)
-    assert torch.autograd.gradcheck(lambda x: m(x).sum((0, 1)), x[:,:5].clone().requires_grad_(), fast_mode=True)
+    short = x[:,:5].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: m(x).sum((0, 1)), short, fast_mode=True)
     test_eq((m(x[:0]).shape, m(x[:,:0]).shape), ((0, n, d), (2, 0, d)))
     for grad in (True, False):
         with torch.set_grad_enabled(grad): _check_pieces(m, x, y, same)
@@ -248,7 +259,9 @@ def _check_pieces(m, x, y, same):
 
 # %% ../nbs/02_mixers.ipynb #71b5d4cb
 class BKFeatureMixer(nn.Module):
-    "Two features per potential, Re G and Im G of the resolvent's diagonal, projected to D: the layer of the original design notes. O(N); keeps no state."
+    """Two features per potential, Re G and Im G of the resolvent's diagonal, projected to D; O(N).
+
+    The layer of the original design notes; it keeps no state."""
     fused = False                # there is only the plain form
     def __init__(self,
         d_model:int,             # D
@@ -269,27 +282,28 @@ class BKFeatureMixer(nn.Module):
             self.absorb_bias._no_weight_decay = True
         self.out_proj = nn.Linear(2*heads, d_model, bias=False)
 
-    def forward(self,
-        x:Tensor,               # (B, N, D)
-        state:tuple=None,       # None
-        cut:Tensor=None,        # (B, N) bool, true where a new document begins
-        return_state:bool=False,# False
-    ):                          # (B, N, D)
-        if state is not None or return_state:
-            raise ValueError('BKFeatureMixer keeps no state; use BKMixer to decode token by token')
-        _check(self, x, state, cut)
-        h = self.in_proj(x)
-        v = _float(h if self.conv is None else self.conv(h, None, cut)[0])
-        w = None
-        if self.absorb:
-            w, v = v.chunk(2, -1)
-            w = F.softplus(w + self.absorb_bias)
-        hop = _hop_of(cut, None)
-        if hop is not None: hop = hop.to(v.dtype).expand(-1, -1, self.heads)
-        y = torch.view_as_real(resolvent_diag(v, self.spectrum(), w, hop, causal=self.causal))
-        return self.out_proj(y.flatten(-2).to(h.dtype))
-
     def extra_repr(self): return f'{self.heads} potentials' + ('' if self.causal else ', two-sided')
+
+# %% ../nbs/02_mixers.ipynb #04fec9ad
+@patch
+def forward(self:BKFeatureMixer,
+    x:Tensor,               # (B, N, D)
+    state:tuple=None,       # None
+    cut:Tensor=None,        # (B, N) bool, true where a new document begins
+    return_state:bool=False,# False
+):                          # (B, N, D)
+    if state is not None or return_state:
+        raise ValueError('BKFeatureMixer keeps no state; use BKMixer to decode token by token')
+    _check(self, x, state, cut)
+    h, w = self.in_proj(x), None
+    v = _float(h if self.conv is None else self.conv(h, None, cut)[0])
+    if self.absorb:
+        w, v = v.chunk(2, -1)
+        w = F.softplus(w + self.absorb_bias)
+    hop = _hop_of(cut, None)
+    if hop is not None: hop = hop.to(v.dtype).expand(-1, -1, self.heads)
+    y = torch.view_as_real(resolvent_diag(v, self.spectrum(), w, hop, causal=self.causal))
+    return self.out_proj(y.flatten(-2).to(h.dtype))
 
 # %% ../nbs/02_mixers.ipynb #c0060
 def resolvent_attention(
@@ -297,19 +311,22 @@ def resolvent_attention(
     k:Tensor,         # (B, N, H, dk) keys
     v:Tensor,         # (B, N, H, dv) values
     g_abs:Tensor,     # (B, N, H) = |resolvent_diag(..., causal=True)|, > 0
-    # (B, N-1, H) hopping ≥ 0, with a state also (B, N, H); None = 1. A zero cuts the chain (its gradient there is 0)
+    # (B, N-1, H) hopping ≥ 0, with a state also (B, N, H); None = 1. A zero cuts the chain, without gradient
     hop:Tensor=None,
     state:Tensor=None,# (B, H, dk, dv) of the tokens before
     return_state:bool=False,
     chunk:int=64,     # tokens per dense block
 ):                    # (B, N, H, dv), or with the state after the last token
-    "`(Q Kᵀ ∘ |G|) V` in O(N): linear attention whose decay is the size of a causal Green's function (chunked as in Mamba-2's SSD)."
+    """`(Q Kᵀ ∘ |G|) V` in O(N): linear attention that decays by the size of a causal Green's function.
+
+    Chunked as in Mamba-2's SSD."""
     (B,N,H,dk), dv, first = q.shape, v.shape[-1], max(q.shape[1]-1, 0)
     if k.shape != q.shape or v.shape[:3] != q.shape[:3] or g_abs.shape != (B,N,H):
         raise ValueError('want q, k (B,N,H,dk), v (B,N,H,dv), g_abs (B,N,H); got '
                          f'{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, {tuple(g_abs.shape)}')
     if hop is not None and hop.shape[1] not in ((first, N) if state is not None else (first,)):
-        raise ValueError(f'hop must be (B, N-1, H){" or (B, N, H)" if state is not None else ""}; got {tuple(hop.shape)}')
+        also = ' or (B, N, H)' if state is not None else ''
+        raise ValueError(f'hop must be (B, N-1, H){also}; got {tuple(hop.shape)}')
     if state is not None and state.shape != (B, H, dk, dv):
         raise ValueError(f'state must be (B, H, dk, dv) = {(B, H, dk, dv)}; got {tuple(state.shape)}')
     if not N: return (v, q.new_zeros(B, H, dk, dv) if state is None else state) if return_state else v
@@ -319,7 +336,8 @@ def resolvent_attention(
     # (B, N, H, ...) -> (B, H, n, Q, ...); no copy if heads already lie outside tokens in memory
     def blocks(x, fill=0.):
         x = x.transpose(1, 2)
-        return (F.pad(x, (0, 0)*(x.ndim-3) + (0, pad), value=fill) if pad else x.contiguous()).unflatten(2, (n, Q))
+        x = F.pad(x, (0, 0)*(x.ndim-3) + (0, pad), value=fill) if pad else x.contiguous()
+        return x.unflatten(2, (n, Q))
     q, k, v, a = blocks(q), blocks(k), blocks(v), blocks(g_abs.log())
     step, cuts = a, None
     if hop is not None:
@@ -339,7 +357,8 @@ def resolvent_attention(
 # %% ../nbs/02_mixers.ipynb #c0061
 def _carry(y, q, k, v, a, A, cuts, state):
     "Between chunks: each adds to the matrix state what it saw, and reads what those before it left."
-    end, into = A[...,-1:] - (A - a), A         # decay from token j to the chunk's end; from the chunk's start to token i
+    # decay from token j to the chunk's end; from the chunk's start to token i
+    end, into = A[...,-1:] - (A - a), A
     if cuts is not None:
         end = end.masked_fill(cuts != cuts[...,-1:], -math.inf)
         into = into.masked_fill(cuts > 0, -math.inf)
@@ -354,7 +373,9 @@ def _carry(y, q, k, v, a, A, cuts, state):
 
 # %% ../nbs/02_mixers.ipynb #c0066
 class BKAttention(nn.Module):
-    "Linear attention with a d×d state per head, decaying by the causal Green's function of one chain per head: `y = (Q Kᵀ ∘ |G|) V`. O(N); exact streaming."
+    """Linear attention `y = (Q Kᵀ ∘ |G|) V`, O(N), with exact streaming.
+
+    Each head has a d×d state, which decays by the causal Green's function of the head's chain."""
     fused = True                # False: the plain form, always
     def __init__(self,
         d_model:int,            # D
@@ -367,7 +388,8 @@ class BKAttention(nn.Module):
     ):
         super().__init__()
         n_heads = n_heads or max(1, d_model//64)
-        if d_model % n_heads: raise ValueError(f'd_model must be a multiple of n_heads; got {d_model} and {n_heads}')
+        if d_model % n_heads:
+            raise ValueError(f'd_model must be a multiple of n_heads; got {d_model} and {n_heads}')
         self.d_model, self.n_heads, self.chunk, self.phase = d_model, n_heads, chunk, phase
         self.in_proj = nn.Linear(d_model, 4*d_model, bias=False)          # columns q | k | v | gate
         self.absorb_proj = nn.Linear(d_model, n_heads, bias=False)
@@ -413,13 +435,14 @@ def forward(self:BKAttention,
     # an empty piece leaves the state as it was
     return y, (tail, g[:,-1] if g.shape[1] else g.new_zeros(len(g), self.n_heads) if g0 is None else g0, S)
 
+# %% ../nbs/02_mixers.ipynb #786d23e6
 @patch
 def _between(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     "From the projection and the pivots to what is projected back; the new conv tail and state."
     D, H = self.d_model, self.n_heads
     x, gate = h.split([3*D, D], -1)
     if self.conv is not None: x, tail = self.conv(x, tail, cut)
-    x = _float(x).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous()     # heads outside in memory
+    x = _float(x).unflatten(-1, (3, H, D//H)).permute(2, 0, 3, 1, 4).contiguous() # heads outside in memory
     q, k, v = F.silu(x).transpose(2, 3).unbind(0)                                     # (B, N, H, d)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if self.phase: y = _with_phase(q, k, v, g)
