@@ -22,12 +22,13 @@ from .mixers import BKAttention, BKMixer, ShortConv, Spectrum, _cast
 #| echo: false
 CPP_MATH = Cpp(r'''
 #include <cmath>
+#include <memory>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
-struct bf16 {
+struct bf16 {  // brain float: the upper half of a float
   uint16_t bits;
-};  // brain float: the upper half of a float
+};
 template <class T> struct Lanes {
   enum { W = BYTES / sizeof(T) };
   typedef typename Vec<T, W>::V V;
@@ -118,14 +119,19 @@ static inline void drain() {
 # %% ../nbs/02b_fused_layers.ipynb #c0027
 #| echo: false
 CPP_MATH += Cpp(r'''
-#define EACH _Pragma("GCC unroll 8") for (int e = 0; e < K; e++)
+#define PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define UNROLL(n) PRAGMA(clang loop unroll(full))
+#else
+#define UNROLL(n) PRAGMA(GCC unroll n)
+#endif
+#define EACH UNROLL(8) for (int e = 0; e < K; e++)
 typedef Lanes<float>::V VF;
 typedef Lanes<double>::V VD;
 typedef Vec<int32_t, Lanes<float>::W>::V VJ;
+// max and min that let a NaN in x through
 #if defined(__AVX512F__)
-static inline VF at_least(VF a, VF x) {
-  return (VF)_mm512_max_ps((__m512)a, (__m512)x);
-}  // max and min that let a NaN in x through
+static inline VF at_least(VF a, VF x) { return (VF)_mm512_max_ps((__m512)a, (__m512)x); }
 static inline VF at_most(VF a, VF x) { return (VF)_mm512_min_ps((__m512)a, (__m512)x); }
 static inline VF estimate(VF x) { return (VF)_mm512_rcp14_ps((__m512)x); }
 #elif defined(__AVX__)
@@ -163,12 +169,11 @@ template <> inline Complex<VF> Complex<VF>::recip() const {
 # %% ../nbs/02b_fused_layers.ipynb #4d6edbad
 #| echo: false
 CPP_MATH += Cpp(r'''
-template <int K> static inline void exps(
-    VF* x) {  // e^x in place, for |x| <= 88, to an ulp: 2^n times a polynomial on |r| <= ln 2 / 2
+// e^x in place, for |x| <= 87, to an ulp or two: 2^n times a polynomial on |r| <= ln 2 / 2. 12583039 is
+// 1.5 * 2^23 + 127: the lowest bits of t are n + 127
+template <int K> static inline void exps(VF* x) {
   VF t[K], p[K];
-  EACH
-    t[e] =
-        x[e] * 1.44269504088896341f + 12583039.f;  // 1.5 * 2^23 + 127: the lowest bits of t are n + 127
+  EACH t[e] = x[e] * 1.44269504088896341f + 12583039.f;
   EACH p[e] = t[e] - 12583039.f;
   EACH x[e] = x[e] - p[e] * 0.693359375f;
   EACH x[e] = x[e] + p[e] * 2.12194440e-4f;
@@ -231,9 +236,8 @@ template <int K> static inline void log1ps(VD* y) {
   EACH
     for (int i = 0; i < Lanes<double>::W; i++) y[e][i] = std::log1p(y[e][i]);
 }
-static inline VF positive(VF x) {
-  return at_most(VF{} + 1e18f, at_least(VF{}, x));
-}  // its square must not overflow
+// its square must not overflow
+static inline VF positive(VF x) { return at_most(VF{} + 1e18f, at_least(VF{}, x)); }
 static inline VD positive(VD x) { return x < 0 ? VD{} : x; }
 template <int K, class V> static inline void softpluses(V* x, V* slope = nullptr) {  // in place
   V y[K], s[K], zero = {};
@@ -270,15 +274,15 @@ static inline int bk_team() { return 1; }
 # %% ../nbs/02b_fused_layers.ipynb #ede9c94a
 #| echo: false
 CPP_MATH += Cpp(r'''
-template <class T>
-static void flip(I m, I n, const T* a, T* out, I ldo) {  // (m, n) -> (n, m); both multiples of the vector
+// (m, n) -> (n, m); both multiples of the vector
+template <class T> static void flip(I m, I n, const T* a, T* out, I ldo) {
   typedef typename Lanes<T>::V V;
   enum { W = Lanes<T>::W };
   for (I i = 0; i < m; i += W)
     for (I j = 0; j < n; j += W) {
       V x[W], y[W];
       for (int r = 0; r < W; r++) x[r] = from<T>(a + (i + r) * n + j);
-      _Pragma("GCC unroll 8") for (int round = 1; round < W; round *= 2) {
+      UNROLL(8) for (int round = 1; round < W; round *= 2) {
         for (int r = 0; r < W / 2; r++) {
           y[2 * r] = Shuffle<W>::low(x[r], x[r + W / 2]);
           y[2 * r + 1] = Shuffle<W>::high(x[r], x[r + W / 2]);
@@ -328,14 +332,15 @@ template <class T, class M> struct Layer {
   const T *taps, *bias, *E, *eta, *scale, *wt;
   M* out;
   T *rinv, *ck;
+  // ck: states at the blocks, (B, blocks, 4, C); g0, g1: first and last, (B, C, 4): g, y
   double* g1;
-  const double*
-      g0;  // ck: states at the blocks, (B, blocks, 4, C); g0, g1: first and last, (B, C, 4): g, y
+  const double* g0;
   const M* dout;
   M* dh;
+  // grads: taps (CW, nin C), bias, scale, E, eta (C), weight (feat C); sums: the same per thread, weight
+  // by features
   T* grads;
-  double* sums;  // grads: taps (CW, nin C), bias, scale, E, eta (C), weight (feat C); sums: the same per
-                 // thread, weight by features
+  double* sums;
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; }
 ''')
 
@@ -344,19 +349,19 @@ template <class T, class M> struct Layer {
 CPP_LAYER += Cpp(r'''
   I blocks() const { return (s.N + ROWS - 1) / ROWS; }
 
-  struct Tile {
+  struct Tile {  // before: the last rows, for the convolution
     I c;
     int n;
     V f[3][CW], before[3][CW - 1], bias, scale, e, eta;
     Z g, y;
-  };  // before: the last rows, for the convolution
-  struct alignas(64) Block {
+  };
+  struct alignas(64) Block {  // stored for the way back; su, sw: slopes
     T raw[3][ROWS + CW][W];
     Buf pre[3], v, su, sw, gr, gi, yr, yi;
-  };  // kept for the way back; su, sw: slopes
-  struct Cuts {
+  };
+  struct Cuts {  // ok[t][j]: no cut between t-j and t; bond[t]: from t-1 to t
     T ok[ROWS][CW], bond[ROWS + 1];
-  };  // ok[t][j]: no cut between t-j and t; bond[t]: from t-1 to t
+  };
 ''')
 
 # %% ../nbs/02b_fused_layers.ipynb #c0031
@@ -434,8 +439,9 @@ CPP_LAYER += Cpp(r'''
         if (BACK) to<T>(k.raw[p][j], t.before[p][j]);
       }
   }
-  template <bool BACK, bool CUT, int K> void conv(Tile& t, Block& k, const Cuts& cu, const M* q, I i,
-                                                  int p, V* out) const {  // q: row i of h, this tile
+  // q: row i of h, this tile
+  template <bool BACK, bool CUT, int K>
+  void conv(Tile& t, Block& k, const Cuts& cu, const M* q, I i, int p, V* out) const {
     V x[K + CW - 1];
     for (int j = 0; j < CW - 1; j++) x[j] = t.before[p][j];
     EACH {
@@ -461,7 +467,7 @@ CPP_LAYER += Cpp(r'''
         for (int p = 0; p < s.nin; p++)
           for (int x = 0; x < P; x++) soon(q + (e + ahead) * hn + p * s.C + x * W);
     V u[P][K], a[P][K], v[P][K];
-    _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+    UNROLL(2) for (int x = 0; x < P; x++) {
       const M* qx = q + x * W;
       V slope[K];
       conv<BACK, CUT, K>(t[x], k[x], cu, qx, i, 0, u[x]);
@@ -506,7 +512,7 @@ CPP_LAYER += Cpp(r'''
         }
       }
     }
-    EACH _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+    EACH UNROLL(2) for (int x = 0; x < P; x++) {
         const V bond = V{} + (CUT ? cu.bond[i + e] : T(1));
         t[x].g = pivot_step(Z{v[x][e], -a[x][e]}, CUT ? t[x].g * bond : t[x].g);
         t[x].y = mix_step(t[x].g, t[x].y, bond, u[x][e]);
@@ -527,28 +533,50 @@ CPP_LAYER += Cpp(r'''
   struct Sum {
     V E, eta, bias, scale, w0, w1, f[3][CW];
   };
-  struct Adj {
+  struct Adj {  // carried from right to left: P, L, what the convolution still owes the rows before, sums
     Z P, L;
     V D[3][CW];
     Sum sum;
-  };  // carried from right to left: P, L, what the convolution still owes the rows before, sums over the
-      // last rows
+  };
   struct Part {
     I b, first, count;
+    Tile* tile;
+    Adj* adj;
+    V* y;
+    T sum[MEET];
+  };  // some tiles of one row
+  struct Memory {  // of all parts, taken before the threads start: inside, nothing may throw
+    std::vector<Part> part;
     std::vector<Tile> tile;
     std::vector<Adj> adj;
     std::vector<V> y;
-    T sum[MEET];
-  };  // some tiles of one row
+    std::vector<T> all;
+  };
+  struct Mine {  // a thread's parts: every step-th
+    Part* p;
+    I count, step;
+    struct At {
+      Part* p;
+      I step, left;
+      Part& operator*() const { return *p; }
+      void operator++() {
+        p += step;
+        left--;
+      }
+      bool operator!=(int) const { return left > 0; }
+    };
+    At begin() const { return {p, step, count}; }
+    int end() const { return 0; }
+  };
   bool far(I width) const { return s.B * s.N * width * (I)sizeof(M) > FAR; }
 ''')
 
 # %% ../nbs/02b_fused_layers.ipynb #df5a4d7f
 #| echo: false
 CPP_LAYER += Cpp(r'''
+  // two tiles or one, four rows; y into the part's own memory
   template <bool CUT, int P>
-  void forward(Part& m, I x, const Cuts& cu, I t0, I at, I n, I ahead,
-               V* ss) const {  // two tiles or one, four rows; y into the part's own memory
+  void forward(Part& m, I x, const Cuts& cu, I t0, I at, I n, I ahead, V* ss) const {
     Tile* t = &m.tile[x];
     const M* q = h + m.b * hb + t0 * hn + t->c;
     Block none[1];
@@ -604,22 +632,36 @@ CPP_LAYER += Cpp(r'''
     const I tiles = (s.C + W - 1) / W;
     return s.B >= s.threads ? 1 : std::min<I>(tiles, (s.threads + s.B - 1) / s.B);
   }
-  template <class F> void share(const F& body) const {
+  // tokens: rows of y that a part keeps; back: an adjoint per tile as well
+  void prepare(Memory& m, I tokens, bool back) const {
+    const I tiles = (s.C + W - 1) / W, P = parts(), most = (tiles + P - 1) / P;
+    const I n = P == 1 ? s.threads : s.B * P;
+    m.part.resize(n);
+    m.tile.resize(n * most);
+    m.y.resize(n * tokens * most * 2);
+    if (back) m.adj.resize(n * most);
+    m.all.resize(P == 1 ? 0 : s.B * P * 2 * MEET);
+    for (I i = 0; i < n; i++) {
+      m.part[i].tile = &m.tile[i * most];
+      m.part[i].adj = back ? &m.adj[i * most] : nullptr;
+      m.part[i].y = m.y.data() + i * tokens * most * 2;
+    }
+  }
+  template <class F> void share(Memory& memory, const F& body) const {
     const I tiles = (s.C + W - 1) / W, P = parts(), tasks = s.B * P;
-#pragma omp parallel num_threads(std::min<I>(s.threads, tasks))
+#pragma omp parallel num_threads((int)std::min<I>(s.threads, tasks))
     {
       const I own = bk_thread(), team = bk_team();
-      std::vector<Part> mine(P == 1 ? 1 : (tasks - own + team - 1) / team);
+      const Mine mine = {&memory.part[own], P == 1 ? 1 : (tasks - own + team - 1) / team, team};
       for (I r = P == 1 ? own * tasks / team : 0, end = P == 1 ? (own + 1) * tasks / team : 1; r < end;
            r++) {
-        for (size_t k = 0; k < mine.size(); k++) {
-          Part& m = mine[k];
-          const I task = P == 1 ? r : own + k * team;
+        I task = P == 1 ? r : own;
+        for (Part& m : mine) {
           m.b = task / P;
           m.first = task % P * tiles / P;
           m.count = (task % P + 1) * tiles / P - m.first;
-          m.tile.resize(m.count);
           for (I i = 0; i < m.count; i++) open(m.tile[i], m.b, (m.first + i) * W);
+          task += team;
         }
         body(mine);
       }
@@ -632,12 +674,11 @@ CPP_LAYER += Cpp(r'''
 #| echo: false
 CPP_LAYER += Cpp(r'''
   // sums over a row's parts of what each has in `sum`, for n rows from t0
-  void meet(std::vector<Part>& mine, std::vector<T>& all, I t0, I n) const {
+  void meet(const Mine& mine, std::vector<T>& all, I t0, I n) const {
     const I P = parts(), tiles = (s.C + W - 1) / W;
     if (P == 1) return;
-    auto slot = [&](I b, I part) {
-      return &all[((b * P + part) * 2 + t0 / MEET % 2) * MEET];
-    };  // two in turn: nobody overwrites what another still reads
+    // two in turn: nobody overwrites what another still reads
+    auto slot = [&](I b, I part) { return &all[((b * P + part) * 2 + t0 / MEET % 2) * MEET]; };
     for (Part& m : mine) {
       I part = 0;
       while (part * tiles / P != m.first) part++;
@@ -657,15 +698,14 @@ CPP_LAYER += Cpp(r'''
 CPP_LAYER += Cpp(r'''
   void forward() const {
     const I step = parts() == 1 ? 4 : (I)MEET;
-    std::vector<T> all(s.B * parts() * 2 * MEET);
-    share([&](std::vector<Part>& mine) {
+    Memory memory;
+    prepare(memory, step, false);
+    share(memory, [&](const Mine& mine) {
       Cuts cu;
       Block none;
       alignas(64) V ss[4];
-      for (Part& m : mine) {
-        m.y.resize(step * m.count * 2);
-        for (Tile& t : m.tile) begin<false>(t, none, m.b, 0);
-      }
+      for (Part& m : mine)
+        for (I x = 0; x < m.count; x++) begin<false>(m.tile[x], none, m.b, 0);
       for (I t0 = 0; t0 < s.N; t0 += step) {
         const I n = std::min<I>(s.N - t0, step), later = t0 + 2 * step <= s.N ? step : 0;
         for (Part& m : mine)
@@ -686,7 +726,7 @@ CPP_LAYER += Cpp(r'''
             }
             for (I i = 0; i < k; i++) m.sum[r + i] = hsum(ss[i]);
           }
-        meet(mine, all, t0, n);
+        meet(mine, memory.all, t0, n);
         for (Part& m : mine) finish(m, t0, n, later, m.sum);
       }
 ''')
@@ -696,7 +736,7 @@ CPP_LAYER += Cpp(r'''
 CPP_LAYER += Cpp(r'''
       if (g1)
         for (Part& m : mine)
-          for (Tile& t : m.tile) close(t, m.b);
+          for (I x = 0; x < m.count; x++) close(m.tile[x], m.b);
     });
   }
 ''')
@@ -764,12 +804,13 @@ void conv_back(const Tile& t, Adj& a, const Block& k, const Cuts& cu, I b, I t0,
 # %% ../nbs/02b_fused_layers.ipynb #c0043
 #| echo: false
 CPP_LAYER_BACKWARD += Cpp(r'''
+// rows i .. i+K-1 of P tiles, the last first
 template <bool CUT, int P, int K>
 void rows_back(const Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I i, const T* m,
-               const V (*w)[2], I ahead) const {  // rows i .. i+K-1 of P tiles, the last first
+               const V (*w)[2], I ahead) const {
   const bool past = far(s.F);
   V gate[P][K], sg[P][K];
-  _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+  UNROLL(2) for (int x = 0; x < P; x++) {
     EACH {
       const I at = b * s.N + t0 + i + e, c = t[x].c;
       if (ahead) {
@@ -788,8 +829,8 @@ void rows_back(const Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I i, 
 # %% ../nbs/02b_fused_layers.ipynb #29dc3ad2
 #| echo: false
 CPP_LAYER_BACKWARD += Cpp(r'''
-  _Pragma("GCC unroll 4") for (int e = K - 1; e >= 0; e--)
-      _Pragma("GCC unroll 2") for (int x = 0; x < P; x++) {
+  UNROLL(4) for (int e = K - 1; e >= 0; e--)
+      UNROLL(2) for (int x = 0; x < P; x++) {
     const I j = i + e, at = b * s.N + t0 + j, c = t[x].c;
     const int n = t[x].n;
     const T r = rinv[at], mean = m[j] / (s.feat * s.C) * r;
@@ -920,11 +961,12 @@ void backward() {
 CPP_LAYER_BACKWARD += Cpp(r'''
 void sweep_back() const {
   const I group = parts() == 1 ? (I)ROWS : (I)MEET, D = s.feat * s.C;
-  std::vector<T> all(s.B * parts() * 2 * MEET);
-  share([&](std::vector<Part>& mine) {
+  Memory memory;
+  prepare(memory, 0, true);
+  share(memory, [&](const Mine& mine) {
     Block k[2];
     Cuts cu;
-    for (Part& m : mine) m.adj.assign(m.count, Adj());
+    for (Part& m : mine) std::fill(m.adj, m.adj + m.count, Adj());
     for (I g = (s.N - 1) / group * group; g >= 0; g -= group) {
       const I g1 = std::min<I>(s.N, g + group);
       for (Part& m : mine)
@@ -938,7 +980,7 @@ void sweep_back() const {
           }
           m.sum[t - g] = hsum(x);
         }
-      meet(mine, all, g, g1 - g);
+      meet(mine, memory.all, g, g1 - g);
       for (Part& m : mine)
         for (I t0 = (g1 - 1) / ROWS * ROWS; t0 >= g; t0 -= ROWS) {
           const I t1 = std::min<I>(s.N, t0 + ROWS), ahead = t0 ? ROWS : 0;
@@ -964,8 +1006,7 @@ CPP_LAYER_BACKWARD += Cpp(r'''
     }
   });
 }
-}
-;
+};
 ''')
 
 # %% ../nbs/02b_fused_layers.ipynb #c0047
@@ -1322,13 +1363,13 @@ template <class T> static void mm(Range what, I m, I n, I k, const T* A, I ra, I
 # %% ../nbs/02b_fused_layers.ipynb #d4a4cb65
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-template <class T>
-static inline typename Lanes<T>::V sums_of(const typename Lanes<T>::V* r) {  // lane l: the sum over r[l]
+// lane l: the sum over r[l]
+template <class T> static inline typename Lanes<T>::V sums_of(const typename Lanes<T>::V* r) {
   typedef typename Lanes<T>::V V;
   enum { W = Lanes<T>::W };
   V x[W];
   for (int i = 0; i < W; i++) x[i] = r[i];
-  _Pragma("GCC unroll 8") for (int n = W / 2; n >= 1; n /= 2) for (int i = 0; i < n; i++) x[i] =
+  UNROLL(8) for (int n = W / 2; n >= 1; n /= 2) for (int i = 0; i < n; i++) x[i] =
       Shuffle<W>::low(x[i], x[i + n]) + Shuffle<W>::high(x[i], x[i + n]);
   return x[0];
 }
@@ -1485,14 +1526,12 @@ template <class T, class M> struct Attention {
   I D() const { return H * d; }
   bool far(I width) const { return B * N * width * (I)sizeof(M) > (I)(8 << 20); }
   I chunks() const { return (N + Q - 1) / Q; }
-  T* state(I task, I k) const {
-    return kept + (task * (chunks() - 1) + k - 1) * d * d;
-  }  // before chunk k > 0
-  struct Room {
+  // before chunk k > 0
+  T* state(I task, I k) const { return kept + (task * (chunks() - 1) + k - 1) * d * d; }
+  struct Work {
     alignas(64) V rows[Q], square[2][Q];
     T norm[2][Q], A[Q], a[Q], into[Q], end[Q], seg[Q], inv[Q], dA[Q], da[Q], dot[2][Q], ok[Q][CW], decay;
     bool cuts;
-    std::vector<T> mem;
     T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed, *before, *dw,
         *dtaps;
   };
@@ -1501,10 +1540,13 @@ template <class T, class M> struct Attention {
 # %% ../nbs/02b_fused_layers.ipynb #f9d53d73
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-  void furnish(Room& o) const {
+  I numbers() const { return up(13 * Q * d + 4 * d * d + 3 * Q * Q + (9 * CW + 1) * d, 64); }
+  // all threads' memory is taken before they start: inside, nothing may throw
+  std::unique_ptr<T[]> memory() const { return std::unique_ptr<T[]>(new T[threads * numbers() + 64]); }
+  void lay_out(Work& o, T* all) const {
     const I c = Q * d, s = d * d;
-    o.mem.assign(13 * c + 4 * s + 3 * Q * Q + (9 * CW + 1) * d + 64, T(0));
-    T* p = (T*)(((uintptr_t)o.mem.data() + 63) / 64 * 64);
+    T* p = (T*)(((uintptr_t)all + 63) / 64 * 64) + bk_thread() * numbers();
+    std::fill(p, p + numbers(), T(0));
     auto take = [&](I n) {
       T* q = p;
       p += n;
@@ -1536,10 +1578,11 @@ CPP_ATTENTION += Cpp(r'''
 # %% ../nbs/02b_fused_layers.ipynb #0fd71230
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-  void each_sum(Room& o, T* to_) const {
+  // of the vectors in `rows`
+  void each_sum(Work& o, T* to_) const {
     for (I i = 0; i < Q; i += W) to<T>(to_ + i, sums_of<T>(o.rows + i));
-  }  // of the vectors in `rows`
-  void zero(Room& o) const {
+  }
+  void zero(Work& o) const {
     for (I i = 0; i < Q; i++) o.rows[i] = V{};
   }
   static I up(I n, I m) { return (n + m - 1) / m * m; }
@@ -1548,7 +1591,7 @@ CPP_ATTENTION += Cpp(r'''
 # %% ../nbs/02b_fused_layers.ipynb #c0076
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-  void decays(Room& o, I b, I hd, I t0, I n) const {
+  void decays(Work& o, I b, I hd, I t0, I n) const {
     const uint8_t* q = cut ? cut + b * N : nullptr;
     int age = CW;
     o.cuts = false;
@@ -1590,7 +1633,7 @@ CPP_ATTENTION += Cpp(r'''
                   : V{};
   }
   template <bool BACK, bool CUT, int K>
-  void rows(Room& o, const M* q, I i, int p, I col, I c, const M* soon) const {
+  void rows(Work& o, const M* q, I i, int p, I col, I c, const M* soon) const {
     T* before = o.before + p * (CW - 1) * d + c;
     const T* f = taps + col;
     V x[K + CW - 1], a[K], sg[K];
@@ -1619,7 +1662,7 @@ CPP_ATTENTION += Cpp(r'''
 # %% ../nbs/02b_fused_layers.ipynb #65153ca2
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-  template <bool BACK, bool CUT> void inputs(Room& o, I b, I hd, I t0, I n, const M* soon) const {
+  template <bool BACK, bool CUT> void inputs(Work& o, I b, I hd, I t0, I n, const M* soon) const {
     const M* q = h + b * hb + t0 * hn;
     const I at = hd * d;
     I i = 0;
@@ -1638,7 +1681,7 @@ CPP_ATTENTION += Cpp(r'''
           rows<BACK, CUT, 1>(o, q + i * hn + p * D() + at + c, i, p, p * D() + at + c, c,
                              soon + i * hn + p * D() + c);
   }
-  template <bool BACK> void load(Room& o, I b, I hd, I t0, I n, const M* soon) const {
+  template <bool BACK> void load(Work& o, I b, I hd, I t0, I n, const M* soon) const {
     decays(o, b, hd, t0, n);
     for (int p = 0; p < 2; p++)
       for (I i = 0; i < Q; i++) o.square[p][i] = V{};
@@ -1677,7 +1720,7 @@ CPP_ATTENTION += Cpp(r'''
     for (int l = 0; l < W; l++) x[l] = T(j + l);
     return x;
   }
-  void chunk(Room& o, I n, const T* S, bool have) const {
+  void chunk(Work& o, I n, const T* S, bool have) const {
     const I R = up(n, 4), RW = up(n, L);
     flip<T>(RW, d, o.x[1], o.kt, Q);
     mm<T>(LOWER, R, RW, d, o.x[0], d, 1, o.kt, Q, o.P, Q, false);
@@ -1706,7 +1749,7 @@ CPP_ATTENTION += Cpp(r'''
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
   // S <- decay S + (K end)^T V; dY is free for K end
-  void advance(Room& o, I n, bool have) const {
+  void advance(Work& o, I n, bool have) const {
     const I R = up(n, 4);
     scale(o.dY, o.x[1], o.end, R, d);
     if (have)
@@ -1718,7 +1761,7 @@ CPP_ATTENTION += Cpp(r'''
 # %% ../nbs/02b_fused_layers.ipynb #c0082
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-  void gate(Room& o, I b, I hd, I t0, I n, const M* soon) const {
+  void gate(Work& o, I b, I hd, I t0, I n, const M* soon) const {
     zero(o);
     for (I i = 0; i < n; i++)
       for (I c = 0; c < d; c += W) {
@@ -1739,7 +1782,7 @@ CPP_ATTENTION += Cpp(r'''
     }
     for (; i < n; i++) gate_rows<1>(o, z + i * hn, y + i * D(), i);
   }
-  template <int K> void gate_rows(Room& o, const M* z, M* y, I i) const {
+  template <int K> void gate_rows(Work& o, const M* z, M* y, I i) const {
     const bool past = far(D());
     for (I c = 0; c < d; c += W) {
       V g[K], sg[K];
@@ -1757,10 +1800,11 @@ CPP_ATTENTION += Cpp(r'''
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
   void forward() const {
+    const std::unique_ptr<T[]> all = memory();
 #pragma omp parallel num_threads(threads)
     {
-      Room o;
-      furnish(o);
+      Work o;
+      lay_out(o, all.get());
 #pragma omp for schedule(static)
       for (I task = 0; task < B * H; task++) {
         I b = task / H, hd = task % H;
@@ -1788,13 +1832,14 @@ CPP_ATTENTION += Cpp(r'''
 # %% ../nbs/02b_fused_layers.ipynb #c0084
 #| echo: false
 CPP_ATTENTION_BACKWARD = Cpp(r'''
+// sum += x, x = 0
 static void gather(double* sum, T* x, I n) {
   for (I i = 0; i < n; i += Simd<double>::W) {
     st<double>(sum + i, ld<double>(sum + i) + ld<double>(x + i));
     st<double>(x + i, typename Simd<double>::V{});
   }
-}  // sum += x, x = 0
-template <int K> void gate_rows_back(Room& o, I b, I hd, I t0, I i, I c, I soon) const {
+}
+template <int K> void gate_rows_back(Work& o, I b, I hd, I t0, I i, I c, I soon) const {
   const bool past = far(F);
   const I at = (b * N + t0 + i) * D() + hd * d + c;
   const M* z = h + b * hb + (t0 + i) * hn + 3 * D() + hd * d + c;
@@ -1821,8 +1866,8 @@ template <int K> void gate_rows_back(Room& o, I b, I hd, I t0, I i, I c, I soon)
 # %% ../nbs/02b_fused_layers.ipynb #acdcecb4
 #| echo: false
 CPP_ATTENTION_BACKWARD += Cpp(r'''
-void gate_back(Room& o, I b, I hd, I t0, I n, double* sum, I soon)
-    const {  // soon: how far away in memory, in tokens, the next chunk to be worked on is
+// soon: how far away in memory, in tokens, the next chunk to be worked on is
+void gate_back(Work& o, I b, I hd, I t0, I n, double* sum, I soon) const {
   zero(o);
   for (I i = 0; i < n; i++) {
     const I at = (b * N + t0 + i) * D() + hd * d;
@@ -1842,8 +1887,8 @@ void gate_back(Room& o, I b, I hd, I t0, I n, double* sum, I soon)
 # %% ../nbs/02b_fused_layers.ipynb #c0086
 #| echo: false
 CPP_ATTENTION_BACKWARD += Cpp(r'''
-void scale_dot(Room& o, T* x, const T* by, const T* with,
-               I rows) const {  // x_i *= by_i, and the products with `with` into o.rows
+// x_i *= by_i, and the products with `with` into o.rows
+void scale_dot(Work& o, T* x, const T* by, const T* with, I rows) const {
   for (I i = 0; i < rows; i++) {
     const V s = V{} + by[i];
     V p = {};
@@ -1861,15 +1906,15 @@ void scale_dot(Room& o, T* x, const T* by, const T* with,
 # %% ../nbs/02b_fused_layers.ipynb #6b02ce53
 #| echo: false
 CPP_ATTENTION_BACKWARD += Cpp(r'''
-void chunk_back(Room& o, I n, const T* S, bool have, bool later)
-    const {  // E holds |G|, P the weighted products, dS the gradient of the state after the chunk
+// E holds |G|, P the weighted products, dS the gradient of the state after the chunk
+void chunk_back(Work& o, I n, const T* S, bool have, bool later) const {
   const I R = up(n, 4), RW = up(n, L);
   std::fill(o.dA, o.dA + Q, T(0));
   std::fill(o.da, o.da + Q, T(0));  // da: gradient of A_j - a_j
-  if (later) {
+  if (later) {  // dV = end K dS + P^T dY
     mm<T>(ALL, R, d, d, o.x[1], d, 1, o.dS, d, o.dx[2], d, false);
     scale(o.dx[2], o.dx[2], o.end, R, d);
-  }  // dV = end K dS + P^T dY
+  }
   mm<T>(FROM, R, d, R, o.P, 1, Q, o.dY, d, o.dx[2], d, later);
   if (have) {
     flip<T>(d, d, S, o.St, d);
@@ -1939,7 +1984,7 @@ CPP_ATTENTION_BACKWARD += Cpp(r'''
 #| echo: false
 CPP_ATTENTION_BACKWARD += Cpp(r'''
 template <bool CUT, int K>
-void rows_back(Room& o, I b, I t0, I i, int p, I col, I c) const {  // rows i .. i+K-1
+void rows_back(Work& o, I b, I t0, I i, int p, I col, I c) const {  // rows i .. i+K-1
   const T* f = taps + col;
   T *owed = o.owed + p * CW * d + c, *dt = o.dtaps + p * CW * d + c;
   V x[K + CW - 1], g[K], w[K + CW - 1];  // w: of the rows i - (CW-1) .. i+K-1
@@ -1970,7 +2015,7 @@ void rows_back(Room& o, I b, I t0, I i, int p, I col, I c) const {  // rows i ..
 # %% ../nbs/02b_fused_layers.ipynb #bf202c89
 #| echo: false
 CPP_ATTENTION_BACKWARD += Cpp(r'''
-template <bool CUT> void inputs_back(Room& o, I b, I hd, I t0, I n) const {
+template <bool CUT> void inputs_back(Work& o, I b, I hd, I t0, I n) const {
   I i = n;
   for (; i % 4; i--)
     for (int p = 0; p < 3; p++)
@@ -1979,7 +2024,7 @@ template <bool CUT> void inputs_back(Room& o, I b, I hd, I t0, I n) const {
     for (int p = 0; p < 3; p++)
       for (I c = 0; c < d; c += W) rows_back<CUT, 4>(o, b, t0, i - 4, p, p * D() + hd * d + c, c);
 }
-void load_back(Room& o, I b, I hd, I t0, I n, double* sum) const {
+void load_back(Work& o, I b, I hd, I t0, I n, double* sum) const {
   for (int p = 0; p < 2; p++) {
     zero(o);
     for (I i = 0; i < n; i++)
@@ -2008,10 +2053,11 @@ void backward() {
   }
 }
 void sweep_back() const {
+  const std::unique_ptr<T[]> all = memory();
 #pragma omp parallel num_threads(threads)
   {
-    Room o;
-    furnish(o);
+    Work o;
+    lay_out(o, all.get());
     double* sum = sums + bk_thread() * (CW * 3 * D() + d);
 #pragma omp for schedule(static)
     for (I task = 0; task < B * H; task++) {
@@ -2038,8 +2084,7 @@ CPP_ATTENTION_BACKWARD += Cpp(r'''
     drain();
   }
 }
-}
-;
+};
 ''')
 
 # %% ../nbs/02b_fused_layers.ipynb #c0089
