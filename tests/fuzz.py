@@ -409,9 +409,17 @@ def fuzz(cases, seed=0, only=None):
             else: failures[key] = (*failures[key][:2], failures[key][2] + 1, failures[key][3])
     Case.last = 'none'
     torch.set_warn_always(False)
+    kernels()
     warnings.simplefilter('ignore')
     with torch.random.fork_rng(): one()
     return counts, outcomes, failures
+
+def kernels(): # all that is used, built side by side
+    from resnet_bk import cpu_kernels, decoder, fused_layers, native
+    tables = cpu_kernels.CORE, fused_layers.LAYER, fused_layers.ATTENTION
+    for t in (torch.float32, torch.float64): native.ready(*(table[t] for table in tables), quiet=True)
+    if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*(table[torch.bfloat16] for table in tables[1:]), quiet=True)
+    native.ready(decoder.DECODE, quiet=True)
 
 _compare = compare
 def compare(c, got, *rest, **kw):
