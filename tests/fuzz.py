@@ -418,7 +418,10 @@ def kernels(): # all that is used, built side by side
     from resnet_bk import cpu_kernels, decoder, fused_layers, native
     tables = cpu_kernels.CORE, fused_layers.LAYER, fused_layers.ATTENTION
     for t in (torch.float32, torch.float64): native.ready(*(table[t] for table in tables), quiet=True)
-    if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*(table[torch.bfloat16] for table in tables[1:]), quiet=True)
+    half = [table[torch.bfloat16] for table in tables[1:]]
+    if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*half, quiet=True)
+    else:
+        for l in half: l._lib = None                      # with sanitizers: float32 and float64
     native.ready(decoder.DECODE, quiet=True)
 
 _compare = compare
