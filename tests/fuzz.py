@@ -396,7 +396,7 @@ def fuzz(cases, seed=0, only=None, seconds=None):
     @settings(max_examples=cases, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(st.data())
     def one(data):
-        if time.monotonic() > end: return
+        if time.monotonic() > end: raise KeyboardInterrupt          # passes through hypothesis at once
         c = Case(data.draw)
         name = c.pick(*names)
         if os.environ.get('FUZZ_TRACE'): print(counts.total(), name, file=sys.stderr, flush=True)
@@ -413,7 +413,7 @@ def fuzz(cases, seed=0, only=None, seconds=None):
     kernels()
     warnings.simplefilter('ignore')
     end = time.monotonic() + (seconds or 1e9)
-    with torch.random.fork_rng(): one()
+    with torch.random.fork_rng(), contextlib.suppress(KeyboardInterrupt): one()
     return counts, outcomes, failures
 
 def kernels(): # all that is used, built side by side
