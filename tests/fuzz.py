@@ -2,7 +2,7 @@
 
 python tests/fuzz.py --cases 10000 [--seed 1] [--only mix] [--sanitize]
 """
-import argparse, collections, contextlib, functools, os, re, subprocess, sys, tempfile, traceback, warnings
+import argparse, collections, contextlib, functools, os, re, subprocess, sys, tempfile, time, traceback, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')      # threads that spin cost more than all the rest on a busy machine
 import torch
@@ -388,7 +388,7 @@ OPS = dict(diag=lambda c: op(c, diag), mix=lambda c: op(c, mix), attention=atten
            BKMixer=lambda c: layer(c, MIXER), BKAttention=lambda c: layer(c, ATTN), step=lambda c: step(c, False), Decoder=lambda c: step(c, True))
 SHARE = dict(diag=4, mix=5, attention=2, tridiagonal=1, vmapped=1, BKMixer=6, BKAttention=5, step=1, Decoder=1)
 
-def fuzz(cases, seed=0, only=None):
+def fuzz(cases, seed=0, only=None, seconds=None):
     "Runs the cases; (cases by op, values, errors, failures by signature)."
     counts, outcomes, failures = collections.Counter(), collections.Counter(), {}
     names = tuple(n for n in OPS for _ in range(SHARE[n]) if only in (None, n))
@@ -396,6 +396,7 @@ def fuzz(cases, seed=0, only=None):
     @settings(max_examples=cases, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(st.data())
     def one(data):
+        if time.monotonic() > end: raise KeyboardInterrupt          # passes through hypothesis at once
         c = Case(data.draw)
         name = c.pick(*names)
         if os.environ.get('FUZZ_TRACE'): print(counts.total(), name, file=sys.stderr, flush=True)
@@ -409,9 +410,21 @@ def fuzz(cases, seed=0, only=None):
             else: failures[key] = (*failures[key][:2], failures[key][2] + 1, failures[key][3])
     Case.last = 'none'
     torch.set_warn_always(False)
+    kernels()
     warnings.simplefilter('ignore')
-    with torch.random.fork_rng(): one()
+    end = time.monotonic() + (seconds or 1e9)
+    with torch.random.fork_rng(), contextlib.suppress(KeyboardInterrupt): one()
     return counts, outcomes, failures
+
+def kernels(): # all that is used, built side by side
+    from resnet_bk import cpu_kernels, decoder, fused_layers, native
+    tables = cpu_kernels.CORE, fused_layers.LAYER, fused_layers.ATTENTION
+    for t in (torch.float32, torch.float64): native.ready(*(table[t] for table in tables), quiet=True)
+    half = [table[torch.bfloat16] for table in tables[1:]]
+    if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*half, quiet=True)
+    else:
+        for l in half: l._lib = None                      # with sanitizers: float32 and float64
+    native.ready(decoder.DECODE, quiet=True)
 
 _compare = compare
 def compare(c, got, *rest, **kw):
@@ -452,6 +465,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument('--cases', type=int, default=10000)
     p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--seconds', type=float, help='stop after so many, however many cases that were')
     p.add_argument('--only', choices=list(OPS))
     p.add_argument('--sanitize', action='store_true', help='in a child whose kernels are built with the address and undefined behaviour sanitizers')
     p.add_argument('--cache', help='folder for the kernels built with sanitizers')
@@ -461,9 +475,9 @@ def main():
             env = sanitizer_env(a.cache or tmp)
             said = build(env)
             print(said)
-            cmd = [sys.executable, __file__, '--cases', str(a.cases), '--seed', str(a.seed), *(['--only', a.only] if a.only else [])]
+            cmd = [sys.executable, __file__, '--cases', str(a.cases), '--seed', str(a.seed), *(['--seconds', str(a.seconds)] if a.seconds else []), *(['--only', a.only] if a.only else [])]
             sys.exit(subprocess.run(cmd, env=env).returncode)
-    counts, outcomes, failures = fuzz(a.cases, a.seed, a.only)
+    counts, outcomes, failures = fuzz(a.cases, a.seed, a.only, a.seconds)
     print(f'{counts.total()} cases:', ', '.join(f'{n} {k}' for n,k in counts.items()))
     print(', '.join(f'{k} gave {n}s' for n,k in outcomes.items()))
     for (name, _), (said, odd, n, how) in sorted(failures.items(), key=lambda f: -f[1][2]): print(f'FAIL {name} ({n}x): {said}\n     with {odd} {how}')
