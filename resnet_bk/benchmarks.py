@@ -5,26 +5,31 @@
 # %% auto #0
 __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', 'compare_language', 'with_floors', 'RecallData',
            'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'default_models', 'default_model',
-           'machine_rates', 'profile', 'step_memory', 'decode_times', 'feed_forwards', 'equal_time']
+           'machine_rates', 'profile', 'step_memory', 'decode_times', 'feed_forwards', 'equal_time', 'copy_bandwidth',
+           'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
 # %% ../nbs/15_benchmarks.ipynb #c0004
 import json, math, os, platform, subprocess, sys, time, torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .bk_core import keep_memory, resolvent_mix, time_together
+from .native import keep_memory, time_together
+from .bk_core import BACKENDS, resolvent_diag, resolvent_mix
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import ModelConfig, ResNetBK, init_unigram
 from .learner import Learner, MoEBalance
 from .moe import expert_usage, moe_layers, plot_usage, unused_experts
+from .fused_layers import layer_op, layer_params
+from .hardware import EMULATED, MixedPrecisionTrainer
 
 # %% ../nbs/15_benchmarks.ipynb #c0007
 def machine()->str: # one line
     "What the figures were measured on."
-    try:cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
+    try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
     gpu = f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''
-    return f'{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}, Python {platform.python_version()}'
+    versions = f'torch {torch.__version__}, Python {platform.python_version()}'
+    return f'{cpu}, {torch.get_num_threads()} threads{gpu}, {versions}'
 
 def table(rows:list, # of dicts with the same keys
           title:str='')->str:
@@ -34,7 +39,8 @@ def table(rows:list, # of dicts with the same keys
                       if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x))
     cols = [[k] + [cell(r[k]) for r in rows] for k in keys]
     w = [max(map(len, c)) for c in cols]
-    lines = ['  '.join(c[i].ljust(w[j]) if j == 0 else c[i].rjust(w[j]) for j,c in enumerate(cols)) for i in range(len(rows)+1)]
+    line = lambda i: '  '.join(c[i].rjust(w[j]) if j else c[i].ljust(w[j]) for j,c in enumerate(cols))
+    lines = [line(i) for i in range(len(rows)+1)]
     return '\n'.join(([title] if title else []) + [lines[0], '-'*len(lines[0]), *lines[1:]])
 
 # %% ../nbs/15_benchmarks.ipynb #c0010
@@ -89,8 +95,8 @@ def train_once(make, data, steps:int, lr:float, seed:int=0, **kw)->dict:
 # %% ../nbs/15_benchmarks.ipynb #c0013
 def compare_language(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None,
                      seed:int=0) -> list:
-    """Every model: a short pilot at each learning rate, then the whole run with the best. Then the LSTM at our learning rate; ours with as many steps as fit into the time of a rival that was faster,
-    and once more in bfloat16."""
+    """Every model: a short pilot at each learning rate, then the whole run with the best. Then the LSTM at our
+    learning rate; ours with as many steps as fit into the time of a rival that was faster; and ours in bfloat16."""
     make, rows = make or language_models(data.vocab_size, data.train.context), []
     def row(name, lr, n, **r):
         rows.append(dict(model=name, lr=lr, steps=n, nats=r['nats'], bpb=data.report(r['nats'])['bpb'],
@@ -230,18 +236,25 @@ _memory_code = '''
 import sys, torch
 from resnet_bk.model import ModelConfig, ResNetBK
 from torch.nn import functional as F
-n = int(sys.argv[1]); torch.manual_seed(0); m = ResNetBK(ModelConfig(65, recompute=sys.argv[2] == 'True')); x = torch.randint(65, (1, n+1))
+n = int(sys.argv[1])
+torch.manual_seed(0)
+m = ResNetBK(ModelConfig(65, recompute=sys.argv[2] == 'True'))
+x = torch.randint(65, (1, n+1))
 step = lambda x: F.cross_entropy(m(x[:,:-1]).flatten(0,1), x[:,1:].flatten()).backward()
 step(x[:,:65])
 def kb(what): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(what))
 open('/proc/self/clear_refs', 'w').write('5')              # the high-water mark starts again from here
-before = kb('VmRSS'); step(x); print((kb('VmHWM') - before)*1024)
+before = kb('VmRSS')
+step(x)
+print((kb('VmHWM') - before)*1024)
 '''
 def step_memory(n:int, recompute:bool=False)->int: # bytes
-    "Peak memory of one training step of the default model on one row of `n` tokens, in a fresh process (Linux: reads `/proc`)."
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([os.path.abspath('..'), os.environ.get('PYTHONPATH', '')]))
-    r = subprocess.run([sys.executable, '-c', _memory_code, str(n), str(recompute)], capture_output=True, text=True, env=env)
-    if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {r.stderr.strip().splitlines()[-1:] or r.returncode}')
+    "Peak memory of a training step of the default model on a row of `n` tokens, in a process of its own (Linux)."
+    path = os.pathsep.join([os.path.abspath('..'), os.environ.get('PYTHONPATH', '')])
+    command = [sys.executable, '-c', _memory_code, str(n), str(recompute)]
+    r = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path))
+    why = r.stderr.strip().splitlines()[-1:] or r.returncode
+    if r.returncode: raise MemoryError(f'the step on {n} tokens did not finish: {why}')
     return int(r.stdout)
 
 # %% ../nbs/15_benchmarks.ipynb #c0050
@@ -274,20 +287,168 @@ def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict:
 
 # a dict per model
 def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:
-    "Every model for as long as the first takes for `steps`; learning rates from pilots as long as the first one's `pilot` steps. The trained model is kept beside its row."
+    """Every model for as long as the first takes for `steps`; learning rates from pilots as long as the first
+    one's `pilot` steps. The trained model is kept beside its row."""
     def run(f, cb, lr, **budget):
         torch.manual_seed(seed)
         model = init_unigram(f(), data.train.tokens)
-        learn = Learner(model, data, lr=lr, eval_every=0, checkpoint_every=0, seed=seed, cbs=cb and cb()).fit(**budget)
+        learn = Learner(model, data, lr=lr, eval_every=0, checkpoint_every=0, seed=seed, cbs=cb and cb())
+        learn.fit(**budget)
         return learn.evaluate()['nats'], learn
     rows, time = [], {}
     for name,(f,cb) in (make or feed_forwards(data.vocab_size)).items():
         trial = {}
-        for lr in lrs: trial[lr], l = run(f, cb, lr, **({'minutes': time['pilot']} if time else {'steps': pilot}))
+        for lr in lrs:
+            trial[lr], l = run(f, cb, lr, **({'minutes': time['pilot']} if time else {'steps': pilot}))
         lr = min(trial, key=trial.get)
         print(f'{name}: pilots', {k: round(v, 3) for k, v in trial.items()}, flush=True)
         short = l.elapsed / 60
         nats, l = run(f, cb, lr, **({'minutes': time['run']} if time else {'steps': steps}))
         time = time or dict(pilot=short, run=l.elapsed/60)
-        rows.append(dict(row=dict(model=name, lr=lr, steps=l.step, nats=nats, bpb=data.report(nats)['bpb'], seconds=l.elapsed, params=l.model.n_params()), model=l.model))
+        row = dict(model=name, lr=lr, steps=l.step, nats=nats, bpb=data.report(nats)['bpb'])
+        rows.append(dict(row={**row, 'seconds': l.elapsed, 'params': l.model.n_params()}, model=l.model))
     return rows
+
+# %% ../nbs/15_benchmarks.ipynb #c0134
+def _ms(f, dev, rounds=10):
+    "Median milliseconds of `f`, after two runs to warm up."
+    for _ in range(2): f()
+    ts = []
+    for _ in range(rounds):
+        if dev == 'cuda':
+            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            a.record()
+            f()
+            b.record()
+            b.synchronize()
+            ts.append(a.elapsed_time(b))
+        else:
+            t = time.perf_counter()
+            f()
+            ts.append((time.perf_counter() - t) * 1e3)
+    return sorted(ts)[len(ts)//2]
+
+def copy_bandwidth(dev:str='cuda', n:int=2**28, # floats
+                  )->float:                     # bytes per second, read and written
+    "Rate of a plain copy: what a memory-bound kernel can reach."
+    a = torch.ones(n, device=dev); b = torch.empty_like(a)
+    return 8*n/_ms(lambda: b.copy_(a), dev)*1e3
+
+def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
+                     dev:str='cuda', factors=(.25, .5, 1, 2, 4), # times the number of chunks that `plan` says
+                     copy_floats:int=2**28)->list:
+    """Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written), as a share of
+    the copy bandwidth; per number of chunks."""
+    kernels = BACKENDS['cuda' if dev == 'cuda' else 'emulated']
+    rate, rows = copy_bandwidth(dev, copy_floats), []
+    for shape in shapes:
+        B, N, C = shape
+        w, u = torch.rand(shape, device=dev), torch.randn(shape, device=dev)
+        E, eta = torch.full((C,), -1.0, device=dev), torch.full((C,), 0.1, device=dev)
+        gy = torch.randn(shape, dtype=torch.complex64, device=dev)
+        want = kernels.plan(B, N, C, w.device)[0]
+        for K in sorted({max(1, round(f*want)) for f in factors}):
+            kernels.chunks = K
+            fw = lambda: kernels.scan(None, w, u, E, eta, None, None, None, shape)
+            g, y = fw()
+            need = [False, True, True, False]
+            bw = lambda: kernels.scan_backward(g, y, gy, None, None, None, None, shape, need)
+            a, b = (32*w.numel()/_ms(f, dev)*1e3*k for f,k in ((fw, 6/8), (bw, 1)))
+            rows.append({'B·C': B*C, 'N': N, 'chunks': f'{K} (plan)' if K == want else str(K),
+                         'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
+        kernels.chunks = None
+    return rows
+
+# %% ../nbs/15_benchmarks.ipynb #c0135
+def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int=131072,
+                dev:str='cuda') -> list:
+    """Both mixer layers and an SDPA attention layer (FlashAttention on a GPU) of the same width, forward and
+    backward under bfloat16 autocast, ms."""
+    layers = {'BKMixer': BKMixer(d), 'BKAttention': BKAttention(d), 'SDPA': _SDPA(d, max(1, d//64))}
+    layers, rows = {k: m.to(dev) for k,m in layers.items()}, []
+    for N in lengths:
+        x, t = torch.randn(max(1, tokens//N), N, d, device=dev, requires_grad=True), {}
+        def step(m):
+            with torch.autocast(dev, torch.bfloat16): y = m(x)
+            y.float().sum().backward()
+        for name, m in layers.items():
+            t[name] = _ms(lambda: step(m), dev, 5)
+            m.zero_grad()
+        ratios = {f'SDPA / {k}': t['SDPA']/t[k] for k in list(layers)[:2]}
+        rows.append({'N': N, **{f'{k} ms': v for k,v in t.items()}, **ratios})
+    return rows
+
+def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536),
+                tokens:int=32768, dev:str='cuda', precision='bf16')->list:
+    "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step."
+    V, d, L = size['vocab_size'], size['d_model'], size['n_layers']
+    gpt = lambda N: GPT(V, d, L, max(1, d // 64), N)
+    per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}
+    want = sum(p.numel() for p in gpt(1024).parameters())
+    ours = ModelConfig(V, d, max(2, round(2 + (want - per[2]) / (per[3] - per[2]))), tie=True)
+    rows = []
+    for N in lengths:
+        x, rate = torch.randint(V, (max(1, tokens//N), N + 1), device=dev), {}
+        for name,make in (('ResNet-BK', lambda: ResNetBK(ours)), ('GPT', lambda: gpt(N))):
+            m = make().to(dev)
+            t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters(), lr=1e-4), precision, 1.0)
+            step = lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy)
+            try: rate[name] = x[:,1:].numel()/_ms(step, dev, 5)*1e3
+            except torch.cuda.OutOfMemoryError: rate[name] = math.nan
+            rate[name + ' params'] = sum(p.numel() for p in m.parameters())
+            del m, t
+        rows.append({'N': N, 'ResNet-BK tokens/s': rate['ResNet-BK'], 'GPT tokens/s': rate['GPT'],
+                     'ratio': rate['ResNet-BK']/rate['GPT'], 'params': rate['ResNet-BK params'],
+                     'GPT params': rate['GPT params']})
+    return rows
+
+# %% ../nbs/15_benchmarks.ipynb #c0137
+def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
+    "Measured factors beside those the design notes expect: kernel against loop, bf16 and TF32 against float32."
+    v = torch.randn(B, N, C, device=dev)
+    fast = 'cuda' if dev == 'cuda' else 'emulated'
+    op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)
+    x = torch.randint(256, (8, N + 1), device=dev)
+    def model(precision):
+        m = ResNetBK(ModelConfig(256, d, layers)).to(dev)
+        t = MixedPrecisionTrainer(m, torch.optim.AdamW(m.parameters()), precision)
+        return _ms(lambda: t.train_step(x[:,:-1], x[:,1:], F.cross_entropy), dev, 5)
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    full, half = model('no'), model('bf16')
+    torch.set_float32_matmul_precision('high')
+    tf32 = model('no')
+    torch.set_float32_matmul_precision(was)
+    found = (('kernels / PyTorch loop', 3., op('reference')/op(fast)), ('bf16 / float32 step', 2., full/half),
+             ('TF32 / float32 step', 1.5, full/tf32))
+    return [dict(what=w, expected=e, measured=m) for w,e,m in found]
+
+def gpu_benchmark():
+    "All tables, on the GPU. `ValueError` without one."
+    if not torch.cuda.is_available(): raise ValueError('no GPU here: nothing to measure')
+    print(machine())
+    print(table(bandwidth_shares(), 'share of the copy bandwidth'))
+    print(table(layer_times(), 'layers, forward and backward'))
+    rows = model_rates()
+    print(table(rows, 'training a 125M model, bf16'))
+    first = next((r['N'] for r in rows if r['ratio'] > 1), None)
+    print(f'ResNet-BK is faster from N = {first} on' if first else 'no crossover up to the longest N')
+    print(table(seed_factors(), 'the factors of the design notes'))
+
+# %% ../nbs/15_benchmarks.ipynb #gpumain0
+def main(argv=None)->int: # exit code
+    "`gpu`: every table of `gpu_benchmark`; 1 without a GPU."
+    import argparse
+    p = argparse.ArgumentParser(prog='python -m resnet_bk.benchmarks',
+        description='The speed of ResNet-BK on this GPU: bandwidth, layers, a model of 125M parameters.')
+    p.add_argument('what', choices=('gpu',))
+    p.parse_args(argv)
+    try: gpu_benchmark()
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
+
+# %% ../nbs/15_benchmarks.ipynb #gpumain2
+#| eval: false
+if __name__ == '__main__': sys.exit(main())
