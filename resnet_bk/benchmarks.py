@@ -95,8 +95,8 @@ def train_once(make, data, steps:int, lr:float, seed:int=0, **kw)->dict:
 # %% ../nbs/15_benchmarks.ipynb #c0013
 def compare_language(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None,
                      seed:int=0) -> list:
-    """Every model: a short pilot at each learning rate, then the whole run with the best. Then the LSTM at our
-    learning rate; ours with as many steps as fit into the time of a rival that was faster; and ours in bfloat16."""
+    """Every model: a short pilot at each learning rate, then the whole run with the best.
+    Then the LSTM at our rate, ours for the time of a rival that was faster, and ours in bfloat16."""
     make, rows = make or language_models(data.vocab_size, data.train.context), []
     def row(name, lr, n, **r):
         rows.append(dict(model=name, lr=lr, steps=n, nats=r['nats'], bpb=data.report(r['nats'])['bpb'],
@@ -249,7 +249,7 @@ step(x)
 print((kb('VmHWM') - before)*1024)
 '''
 def step_memory(n:int, recompute:bool=False)->int: # bytes
-    "Peak memory of a training step of the default model on a row of `n` tokens, in a process of its own (Linux)."
+    "Peak memory of a training step of the default model on a row of `n` tokens, in its own process (Linux)."
     path = os.pathsep.join([os.path.abspath('..'), os.environ.get('PYTHONPATH', '')])
     command = [sys.executable, '-c', _memory_code, str(n), str(recompute)]
     r = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path))
@@ -334,11 +334,12 @@ def copy_bandwidth(dev:str='cuda', n:int=2**28, # floats
     a = torch.ones(n, device=dev); b = torch.empty_like(a)
     return 8*n/_ms(lambda: b.copy_(a), dev)*1e3
 
+# %% ../nbs/15_benchmarks.ipynb #c0134b
 def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
                      dev:str='cuda', factors=(.25, .5, 1, 2, 4), # times the number of chunks that `plan` says
                      copy_floats:int=2**28)->list:
-    """Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written), as a share of
-    the copy bandwidth; per number of chunks."""
+    """Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written),
+    as a share of the copy bandwidth; per number of chunks."""
     kernels = BACKENDS['cuda' if dev == 'cuda' else 'emulated']
     rate, rows = copy_bandwidth(dev, copy_floats), []
     for shape in shapes:
@@ -355,7 +356,8 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
             bw = lambda: kernels.scan_backward(g, y, gy, None, None, None, None, shape, need)
             a, b = (32*w.numel()/_ms(f, dev)*1e3*k for f,k in ((fw, 6/8), (bw, 1)))
             rows.append({'B·C': B*C, 'N': N, 'chunks': f'{K} (plan)' if K == want else str(K),
-                         'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}', 'copy GB/s': f'{rate/1e9:.0f}'})
+                         'forward': f'{a/rate:.0%}', 'backward': f'{b/rate:.0%}',
+                         'copy GB/s': f'{rate/1e9:.0f}'})
         kernels.chunks = None
     return rows
 
@@ -378,9 +380,10 @@ def layer_times(d:int=1024, lengths=(512, 2048, 8192, 32768, 131072), tokens:int
         rows.append({'N': N, **{f'{k} ms': v for k,v in t.items()}, **ratios})
     return rows
 
+# %% ../nbs/15_benchmarks.ipynb #c0135b
 def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(1024, 4096, 16384, 65536),
                 tokens:int=32768, dev:str='cuda', precision='bf16')->list:
-    "Training tokens per second of a ResNet-BK (125M by default) and the GPT of its size, same tokens per step."
+    "Training tokens per second of a ResNet-BK (125M by default) and a GPT of its size, same tokens a step."
     V, d, L = size['vocab_size'], size['d_model'], size['n_layers']
     gpt = lambda N: GPT(V, d, L, max(1, d // 64), N)
     per = {n: sum(p.numel() for p in ResNetBK(ModelConfig(V, d, n, tie=True)).parameters()) for n in (2, 3)}
@@ -404,7 +407,7 @@ def model_rates(size=dict(vocab_size=50257, d_model=768, n_layers=12), lengths=(
 
 # %% ../nbs/15_benchmarks.ipynb #c0137
 def seed_factors(dev:str='cuda', B:int=64, N:int=512, C:int=64, d:int=512, layers:int=4)->list:
-    "Measured factors beside those the design notes expect: kernel against loop, bf16 and TF32 against float32."
+    "Measured factors beside those the design notes expect: kernel, bf16 and TF32 against plain float32."
     v = torch.randn(B, N, C, device=dev)
     fast = 'cuda' if dev == 'cuda' else 'emulated'
     op = lambda b: _ms(lambda: resolvent_diag(v, 1j, backend=b), dev, 3)

@@ -6,7 +6,7 @@
 __all__ = ['CPP_COMPLEX', 'CPP_LANES', 'Cpp', 'extra_flags', 'find_compiler', 'cache_folder', 'BuildError', 'CppLibrary', 'ready',
            'check_tensor', 'Call', 'unwatched', 'register_kernel', 'find_kernel', 'keep_memory', 'time_together']
 
-# %% ../nbs/00b_native.ipynb #30ab567b
+# %% ../nbs/00b_native.ipynb #ed3abb78
 import atexit, ctypes, hashlib, json, os, platform, re, shlex, shutil, stat, subprocess, sys
 import tempfile, threading, time, warnings
 from functools import lru_cache
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm.auto import tqdm
 
-# %% ../nbs/00b_native.ipynb #c6bd1367
+# %% ../nbs/00b_native.ipynb #d0b8f114
 class Cpp(str):
     "C++ source. `+` joins pieces; a notebook and the site show the last piece highlighted."
     def __new__(cls, text, last=None):
@@ -29,7 +29,7 @@ class Cpp(str):
     def __repr__(self): return f'<C++, {len(self.splitlines())} lines>'
     def _repr_markdown_(self): return f'```cpp\n{self.last.strip()}\n```'
 
-# %% ../nbs/00b_native.ipynb #eedbba6b
+# %% ../nbs/00b_native.ipynb #aabee80c
 _FLAGS = ['-O3', '-std=c++17', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
           '-ffp-contract=fast']
 _NATIVE = '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native'
@@ -49,7 +49,7 @@ def find_compiler()->str: # a command, or None
     given = os.environ.get('CXX')
     return next((c for c in ([given] if given else ['c++', 'g++', 'clang++']) if _version(c)), None)
 
-# %% ../nbs/00b_native.ipynb #5ec77cc1
+# %% ../nbs/00b_native.ipynb #0baefffa
 @lru_cache
 def _cpu_key():
     "What decides which instructions this CPU runs."
@@ -73,7 +73,7 @@ def _usable(cxx, folder)->list: # flags
     openmp, native = _links_openmp(cxx, folder), _compiles(cxx, [_NATIVE], folder)
     return [*_FLAGS, *(['-fopenmp'] if openmp else []), *([_NATIVE] if native else []), *extra_flags()]
 
-# %% ../nbs/00b_native.ipynb #63fcadd0
+# %% ../nbs/00b_native.ipynb #79619615
 def _others_may_write(folder)->str: # why, or ''
     "Whether someone else could put a file here, by owner and mode of the folder and of those above it."
     if os.name == 'nt': return ''
@@ -94,7 +94,7 @@ def _own_folder(why)->Path:
                       'Set TORCH_EXTENSIONS_DIR to a folder of yours.')
     return _temporary[os.getpid()]
 
-# %% ../nbs/00b_native.ipynb #1481506a
+# %% ../nbs/00b_native.ipynb #4dc967c2
 def cache_folder()->Path:
     "Where libraries are kept: `$TORCH_EXTENSIONS_DIR`, else in `$XDG_CACHE_HOME` or `~/.cache`."
     if os.getpid() in _temporary: return _temporary[os.getpid()]
@@ -110,7 +110,7 @@ def cache_folder()->Path:
     except OSError as e: why = f'{folder}: {e.strerror}'
     return _own_folder(why) if why else folder
 
-# %% ../nbs/00b_native.ipynb #d47e2b61
+# %% ../nbs/00b_native.ipynb #fa32ca51
 _BUILDER = r'''
 import inspect, json, os, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +152,7 @@ typedef float V __attribute__((vector_size(16))); typedef int32_t U __attribute_
 V f(U u, V v) { return v < 0 ? __builtin_convertvector(u, V) : v; }
 '''
 
-# %% ../nbs/00b_native.ipynb #6a782558
+# %% ../nbs/00b_native.ipynb #fe25662c
 def _run_builder(jobs, env, folder, quiet=False):
     "Compile `jobs` (arguments of `load_inline`) side by side in a child process; a bar on standard error."
     spec = Path(folder)/'jobs.json'
@@ -160,7 +160,7 @@ def _run_builder(jobs, env, folder, quiet=False):
     done = lambda: sum((Path(j['folder'])/f).exists() for j in jobs for f in ('built', 'failed'))
     with open(Path(folder)/'said', 'w+') as said:
         command = [sys.executable, '-c', _BUILDER, str(spec)]
-        clean = {k: v for k,v in os.environ.items() if k != 'LD_PRELOAD'}         # a compiler needs no sanitiser
+        clean = {k: v for k,v in os.environ.items() if k != 'LD_PRELOAD'}   # no sanitiser in the compiler
         child = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=clean)
         with tqdm(total=len(jobs), desc='compiling', disable=quiet or len(jobs) == 1, file=sys.stderr) as bar:
             while True:
@@ -171,7 +171,7 @@ def _run_builder(jobs, env, folder, quiet=False):
         said.seek(0)
         return said.read()
 
-# %% ../nbs/00b_native.ipynb #42caa888
+# %% ../nbs/00b_native.ipynb #439e9f57
 class CppLibrary:
     "Plain C++ compiled at the first `load`, kept in a cache, entered through `Call`."
     kind = 'CPU kernel'
@@ -206,7 +206,7 @@ class CppLibrary:
         if self._lib is ...: ready(self)
         return self._lib
 
-# %% ../nbs/00b_native.ipynb #79cbdd72
+# %% ../nbs/00b_native.ipynb #d82f00ae
 def _checksum(path): return path.with_suffix('.sha256')
 def _whole(path)->bool:
     "Whether the file is the one that was written."
@@ -226,7 +226,7 @@ def _open(lib):
         _build([lib])
         return ctypes.CDLL(str(lib.path))
 
-# %% ../nbs/00b_native.ipynb #8f24e74a
+# %% ../nbs/00b_native.ipynb #f5b85739
 def _build(libs, quiet=False):
     "Compile those of `libs` that are not there yet. Of several processes one compiles and the others wait."
     folder = cache_folder()
@@ -269,7 +269,7 @@ def ready(*libs, quiet=False)->bool: # whether all are there
 
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0]
 
-# %% ../nbs/00b_native.ipynb #cfae8a70
+# %% ../nbs/00b_native.ipynb #ec6daeef
 def _is(t): return f'{t.dtype} {tuple(t.shape)} on {t.device}'.replace('torch.', '')
 
 def check_tensor(name:str, t, dtype=None, shape=None, device=None):
@@ -281,6 +281,7 @@ def check_tensor(name:str, t, dtype=None, shape=None, device=None):
         want = f'{dtype or "any type"} {"" if shape is None else tuple(shape)} on {device or "any device"}'
         raise ValueError(f'{name}: want {want}; got {_is(t)}'.replace('torch.', ''))
 
+# %% ../nbs/00b_native.ipynb #797f6ec1
 class Call:
     "The arguments of one call into native code. Every tensor is checked when it is added."
     def __init__(self, device='cpu'): self.device, self.args, self.held = torch.device(device), [], []
@@ -319,7 +320,7 @@ class Call:
         self.args += (at, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
         return self
 
-# %% ../nbs/00b_native.ipynb #c1378d00
+# %% ../nbs/00b_native.ipynb #8f176615
 # what `guarded` in C++ answers
 _FAILED = {-1: (MemoryError, 'out of memory'), -2: (RuntimeError, 'an exception in native code')}
 
@@ -330,14 +331,14 @@ def _enter(self:Call, lib:CppLibrary, name:str)->int:
     return answer
 Call.enter = _enter
 
-# %% ../nbs/00b_native.ipynb #9effbfbd
+# %% ../nbs/00b_native.ipynb #783a4669
 def unwatched(*tensors)->bool:
     "Whether native code may replace PyTorch operations now: nothing traces or transforms them."
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
                 or torch._C._len_torch_dispatch_stack()
                 or any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors))
 
-# %% ../nbs/00b_native.ipynb #d4ebf728
+# %% ../nbs/00b_native.ipynb #3c52c1a3
 _KERNELS = {}   # (kind, device type) -> kernel
 def register_kernel(kind:str, device:str, kernel):
     "Offer `kernel` for a kind of work ('ops', 'layers', 'decode') on a device type; the last one counts."
@@ -348,7 +349,7 @@ def _announced(kind, device): # imports the modules announced for it, once
     for e in entry_points(group='resnet_bk.kernels'):
         if e.name != f'{kind}.{device}': continue
         try: e.load()
-        except Exception as x: warnings.warn(f'resnet_bk: no kernels from {e.value} ({type(x).__name__}: {x})')
+        except Exception as x: warnings.warn(f'resnet_bk: no kernels of {e.value} ({type(x).__name__}: {x})')
     _KERNELS.setdefault((kind, device), None)
 # as torch.compiler.assume_constant_result does, without importing torch._dynamo
 _announced._dynamo_marked_constant = True
@@ -358,7 +359,7 @@ def find_kernel(kind:str, device:str):
     _announced(kind, device)
     return _KERNELS[kind, device]
 
-# %% ../nbs/00b_native.ipynb #f57d16f7
+# %% ../nbs/00b_native.ipynb #ac275850
 #| echo: false
 CPP_COMPLEX = Cpp(r'''
 #ifdef __CUDACC__
@@ -382,7 +383,7 @@ template <class V> struct Complex {                   // V: a number, or a SIMD 
 ''')
 CPP_COMPLEX
 
-# %% ../nbs/00b_native.ipynb #039d0d38
+# %% ../nbs/00b_native.ipynb #f23ab1c9
 #| echo: false
 CPP_LANES = CPP_COMPLEX + r'''
 #include <algorithm>
@@ -418,7 +419,7 @@ static void fresh(void* p, size_t bytes, int threads) {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #e8c18719
+# %% ../nbs/00b_native.ipynb #092a9c9f
 #| echo: false
 CPP_LANES += r'''
 #if defined(__AVX512F__)
@@ -453,7 +454,7 @@ template <class V> struct Places {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #233ffa33
+# %% ../nbs/00b_native.ipynb #0313aae7
 #| echo: false
 CPP_LANES += r'''
 template <int W> struct Shuffle;                      // interleaved (re, im, re, im, ...) <-> apart
@@ -476,7 +477,7 @@ SHUFFLE(16, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #10c1d96e
+# %% ../nbs/00b_native.ipynb #15362ce6
 #| echo: false
 CPP_LANES += r'''
 // W complex numbers, real and imaginary parts apart
@@ -508,7 +509,7 @@ template <class A, class T> static inline void stc(T* p, Cx<A> z) {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #0db8189a
+# %% ../nbs/00b_native.ipynb #890b2c2d
 def keep_memory()->bool: # whether the C library took the advice
     "Let malloc keep what a training step frees instead of returning it to the system (glibc only)."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -516,7 +517,7 @@ def keep_memory()->bool: # whether the C library took the advice
     TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
     return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**26), mallopt(MMAP_THRESHOLD, 2**25)])
 
-# %% ../nbs/00b_native.ipynb #26a65252
+# %% ../nbs/00b_native.ipynb #c03a9187
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds
