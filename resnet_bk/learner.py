@@ -36,10 +36,13 @@ from .moe import load_balance_loss, move_bias, moe_layers, router_z_loss, routin
 def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
     targets:Tensor, # (B, N) int64 token ids; -100 where nothing is asked
 )->Tensor: # () mean cross-entropy, nats per token
-    "Next-token cross-entropy in float32; 0 where every target is -100. `ValueError` when the shapes do not belong together."
+    """Next-token cross-entropy in float32; 0 where every target is -100. `ValueError` when the shapes do
+    not belong together."""
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f'lm_loss wants logits (B, N, V) and targets (B, N); got {tuple(logits.shape)} and {tuple(targets.shape)}')
-    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100, reduction='sum')
+        given = f'{tuple(logits.shape)} and {tuple(targets.shape)}'
+        raise ValueError(f'lm_loss needs logits (B, N, V) and targets (B, N); got {given}')
+    total = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100,
+                            reduction='sum')
     return total / (targets != -100).sum().clamp(min=1)
 
 # %% ../nbs/05_learner.ipynb #c0019
@@ -47,7 +50,8 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
     warmup:float=0.05, # share of the budget that warms up
     min_frac:float=0., # where the line ends, as a share of the peak
 )->float: # multiple of the peak learning rate
-    "Linear warm-up, linear decay, as a function of the share of the budget that is spent (Bergsma et al. 2025, 'Straight to zero')."
+    """Linear warm-up, linear decay, as a function of the share of the budget that is spent (Bergsma et al.
+    2025, 'Straight to zero')."""
     if done < warmup: return done/warmup
     phase = min(1., (done-warmup)/(1-warmup))
     return 1 - (1-min_frac)*phase
@@ -56,11 +60,13 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
-    "Groups for an optimiser: decay only parameters with `ndim >= 2` that carry no `_no_weight_decay` attribute."
+    """Groups for an optimiser: decay only parameters with `ndim >= 2` that carry no `_no_weight_decay`
+    attribute."""
     ps = [p for p in model.parameters() if p.requires_grad]
     yes = [p for p in ps if p.ndim >= 2 and not getattr(p, '_no_weight_decay', False)]
     taken = {id(p) for p in yes}
-    groups = [dict(params=yes, weight_decay=weight_decay), dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
+    groups = [dict(params=yes, weight_decay=weight_decay),
+              dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
 # %% ../nbs/05_learner.ipynb #c0030
@@ -74,7 +80,8 @@ def _plain(v):
 # %% ../nbs/05_learner.ipynb #c0031
 @dataclass
 class TrainingMetrics:
-    "What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` = not measured."
+    """What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` =
+    not measured."""
     epoch: float
     step: int
     loss_lm: float # next-token loss, mean over the steps since the last record
@@ -125,7 +132,8 @@ def from_dict(cls:TrainingMetrics, d:dict)->TrainingMetrics: # inverse of `to_di
 # %% ../nbs/05_learner.ipynb #c0037
 def read_metrics(path, # a metrics.jsonl file
 )->list: # of TrainingMetrics, in the order written
-    "The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is no such file."
+    """The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is
+    no such file."""
     out = []
     for line in Path(path).read_text().splitlines():
         try:out.append(TrainingMetrics.from_dict(json.loads(line)))
@@ -133,13 +141,16 @@ def read_metrics(path, # a metrics.jsonl file
     return out
 
 # %% ../nbs/05_learner.ipynb #c0040
-HOOKS = ('before_prepare before_fit before_epoch before_step before_batch after_pred after_loss after_backward '
+HOOKS = ('before_prepare before_fit before_epoch before_step before_batch after_pred after_loss '
+         'after_backward '
          'before_optim after_step before_eval after_eval after_fit').split()
 
 # %% ../nbs/05_learner.ipynb #c0041
 class Callback:
-    """A part that hooks into the loop: methods named as in `HOOKS`, called in rising `order`, which read and write `self.learn`.
-    `state_dict` and `load_state_dict`, where a callback has them, go through the checkpoints. `TypeError` for a hook that does not exist."""
+    """A part that hooks into the loop: methods named as in `HOOKS`, called in rising `order`, which read
+    and write `self.learn`.
+    `state_dict` and `load_state_dict`, where a callback has them, go through the checkpoints. `TypeError`
+    for a hook that does not exist."""
     order, learn = 0, None
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
@@ -157,7 +168,8 @@ class CancelFit(Exception): "Raised by a callback: end the run here, in good ord
 
 # %% ../nbs/05_learner.ipynb #c0046
 class Learner:
-    "Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for settings that make no sense."
+    """Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for
+    settings that make no sense."""
     defaults = [] # callback classes that every learner gets
     def __init__(self,
         model:nn.Module, # (B, N) int64 token ids -> (B, N, V) logits
@@ -183,8 +195,10 @@ class Learner:
         log_with=None, # tracker(s) for accelerate: 'wandb', 'tensorboard', ...
         accelerator=None, # your own `Accelerator`, for settings not named here
     ):
-        if int(accumulate) < 1: raise ValueError(f'accumulate wants 1 or more batches per step; got {accumulate}')
-        if not 0 <= warmup < 1: raise ValueError(f'warmup is a share of the budget, 0 <= warmup < 1; got {warmup}')
+        if int(accumulate) < 1:
+            raise ValueError(f'accumulate wants 1 or more batches per step; got {accumulate}')
+        if not 0 <= warmup < 1:
+            raise ValueError(f'warmup is a share of the budget, 0 <= warmup < 1; got {warmup}')
         store_attr(but='cbs')
         self.folder, self.loss_fn = Path(folder) if folder else None, loss_fn or lm_loss
         self.net, self.device, self.cbs = None, None, []
@@ -222,7 +236,8 @@ def cb(self:Learner, hook:str):
 # %% ../nbs/05_learner.ipynb #c0052
 @patch
 def log(self:Learner, **values):
-    "Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`). Tensors stay on their device until then."
+    """Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`).
+    Tensors stay on their device until then."""
     self.logged.update({k: v.detach() if isinstance(v, Tensor) else v for k,v in values.items()})
 
 # %% ../nbs/05_learner.ipynb #c0053
@@ -251,7 +266,8 @@ def _accelerator(mixed_precision, log_with=None):
 
 # %% ../nbs/05_learner.ipynb #c0057
 def _leave(ref):
-    "At exit with several processes: let go of the wrapper and close the process group, whose threads can abort a dying interpreter"
+    """At exit with several processes: let go of the wrapper and close the process group, whose threads can
+    abort a dying interpreter"""
     learn = ref()
     if learn is None: return
     learn.net = None
@@ -261,11 +277,13 @@ def _leave(ref):
 # %% ../nbs/05_learner.ipynb #c0058
 @patch
 def prepare(self:Learner)->Learner:
-    "Device, wrapper and optimiser: once, at the first `fit` or `evaluate`. `ValueError` for sharded training, which this loop does not do."
+    """Device, wrapper and optimiser: once, at the first `fit` or `evaluate`. `ValueError` for sharded
+    training, which this loop does not do."""
     if self.net is not None: return self
     acc = self.accelerator = self.accelerator or _accelerator(self.mixed_precision, self.log_with)
     kind = getattr(acc.distributed_type, 'value', 'NO')
-    if kind in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'): raise ValueError(f'Learner trains on one device or with DDP; accelerate was set up for {kind}')
+    if kind in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+        raise ValueError(f'Learner trains on one device or with DDP; accelerate was set up for {kind}')
     self.device = acc.device
     self.model.to(acc.device)
     self.cb('before_prepare')
@@ -341,7 +359,8 @@ def epoch(self:Learner)->float: # 1.5: halfway through the second pass
 # %% ../nbs/05_learner.ipynb #c0071
 @patch
 def _one_batch(self:Learner, last:bool):
-    "Forward, loss and backward of one batch; with several processes gradients are exchanged only at the `last` one of a step"
+    """Forward, loss and backward of one batch; with several processes gradients are exchanged only at the
+    `last` one of a step"""
     self.x, self.y = self._next_batch()
     with nullcontext() if last else self.accelerator.no_sync(self.net):
         self.cb('before_batch')
@@ -373,7 +392,8 @@ def one_step(self:Learner):
 # %% ../nbs/05_learner.ipynb #c0073
 @patch
 def _update(self:Learner):
-    "Measure the gradient, ask the callbacks, clip, step. The norm is taken before clipping: a NaN norm would spread into every gradient."
+    """Measure the gradient, ask the callbacks, clip, step. The norm is taken before clipping: a NaN norm
+    would spread into every gradient."""
     acc, ps = self.accelerator, [p for p in self.model.parameters() if p.grad is not None]
     acc.unscale_gradients()
     self.grad_norm = get_total_norm([p.grad for p in ps])
@@ -407,7 +427,8 @@ def _next_batch(self:Learner):
 # %% ../nbs/05_learner.ipynb #c0076
 @patch
 def _tick(self:Learner):
-    "Read the clock and the wish to stop. Several processes must agree on both, which costs a message, so they do it every `log_every` steps."
+    """Read the clock and the wish to stop. Several processes must agree on both, which costs a message, so
+    they do it every `log_every` steps."""
     now, stop = time.perf_counter() - self._t0, self._stop
     if self.world > 1:
         # by the clock: every step
@@ -437,8 +458,10 @@ def fit(self:Learner,
     # go on from the newest whole checkpoint in `folder`, with its budget unless one is given
     resume:bool=False,
 )->Learner: # itself
-    """Train until the budget is used up. Every `fit` without `resume` is a new run from the present weights: step 0, a fresh optimiser, the text from its start.
-    `ValueError` for an unclear budget or a folder that holds another run; `OSError` for a folder that cannot be written; Ctrl-C saves and returns with `interrupted` set."""
+    """Train until the budget is used up. Every `fit` without `resume` is a new run from the present
+    weights: step 0, a fresh optimiser, the text from its start.
+    `ValueError` for an unclear budget or a folder that holds another run; `OSError` for a folder that
+    cannot be written; Ctrl-C saves and returns with `interrupted` set."""
     self._begin(steps, epochs, minutes, resume)
     try:
         with _ctrl_c(self):
@@ -478,10 +501,12 @@ def _fresh(self:Learner):
     self._open_folder()
     if self.folder and any((self.folder/'checkpoints').glob('step-*')):
         raise ValueError(
-            f'{self.folder} already holds a run: fit(..., resume=True) goes on with it, or give another folder'
+            f'{self.folder} already holds a run: fit(..., resume=True) goes on with it, or give '
+            f'another folder'
         )
     self.opt.optimizer.state.clear()
-    self.data.train.load_state_dict({k: 0 if k in ('epoch', 'index') else v for k,v in self.data.train.state_dict().items()})
+    self.data.train.load_state_dict({k: 0 if k in ('epoch', 'index') else v for k,
+                                     v in self.data.train.state_dict().items()})
 
 # %% ../nbs/05_learner.ipynb #c0083
 @patch
@@ -551,7 +576,8 @@ def peak_memory_mb(device=None)->float: # None where the platform does not tell
 
 # %% ../nbs/05_learner.ipynb #c0105
 class Recorder(Callback):
-    "Averages the losses of `log_every` steps into one `TrainingMetrics`: into `learn.history`, and into `metrics.jsonl` where there is a folder"
+    """Averages the losses of `log_every` steps into one `TrainingMetrics`: into `learn.history`, and into
+    `metrics.jsonl` where there is a folder"""
     order = -10
     def before_fit(self):
         l = self.learn
@@ -582,11 +608,13 @@ def record(self:Recorder):
     (loss, lm, norm), var = w.mean(0).tolist(), w[:,2].var(correction=0).item()
     if self.window and not math.isfinite(loss):
         raise FloatingPointError(
-            f'the loss is {loss} at step {l.step} and the weights are no longer to be trusted: add NumericalStabilityMonitor() to cbs, it names the tensor and recovers'
+            f'the loss is {loss} at step {l.step} and the weights are no longer to be trusted: '
+            f'add NumericalStabilityMonitor() to cbs, it names the tensor and recovers'
         )
     known = {f.name for f in fields(TrainingMetrics)}
     extra = {k:_plain(v) for k,v in l.logged.items() if k not in known}
-    m = TrainingMetrics(epoch=round(l.epoch, 4), step=l.step, loss_lm=lm, loss_total=loss, grad_norm=norm, grad_variance=var, learning_rate=l.lr_now,
+    m = TrainingMetrics(epoch=round(l.epoch, 4), step=l.step, loss_lm=lm, loss_total=loss,
+                        grad_norm=norm, grad_variance=var, learning_rate=l.lr_now,
         **self.speed(), extra=extra, **{k:_plain(v) for k,v in l.logged.items() if k in known})
     if self.window and lm < 700: m.perplexity, m.bpb = l.data.report(lm)['ppl'], l.data.report(lm)['bpb']
     self.window, l.logged = [], {}
@@ -605,16 +633,19 @@ def speed(self:Recorder)->dict:
 # %% ../nbs/05_learner.ipynb #c0108
 @patch
 def write(self:Recorder, m:TrainingMetrics):
-    "Keep a record; on the main process also as a line of the file and, where asked for, in accelerate's trackers"
+    """Keep a record; on the main process also as a line of the file and, where asked for, in accelerate's
+    trackers"""
     l = self.learn
     l.history.append(m)
-    if l.log_with: l.accelerator.log({k:v for k,v in m.to_dict().items() if isinstance(v, (int, float))}, step=m.step)
+    if l.log_with:
+        l.accelerator.log({k:v for k,v in m.to_dict().items() if isinstance(v, (int, float))}, step=m.step)
     if not (self.path and l.is_main): return
     try:
         with self.path.open('a') as f: f.write(json.dumps(m.to_dict(), allow_nan=False) + '\n')
     except OSError as e:
         raise OSError(
-            f'step {m.step} could not be recorded in {self.path} ({e.strerror}): free some space, then fit(resume=True)'
+            f'step {m.step} could not be recorded in {self.path} ({e.strerror}): free some space, '
+            f'then fit(resume=True)'
         ) from e
 
 # %% ../nbs/05_learner.ipynb #c0119
@@ -627,7 +658,9 @@ class Progress(Callback):
         watched = IN_NOTEBOOK or sys.stderr.isatty()
         kw = dict(mininterval=0.1 if watched else 30, dynamic_ncols=True, leave=not IN_NOTEBOOK)
         if l.total_steps: self.bar = tqdm(total=l.total_steps, initial=l.step, unit='step', **kw)
-        else: self.bar = tqdm(total=l.budget['minutes'], initial=min(l.elapsed/60, l.budget['minutes']), unit='min',
+        else:
+            done = min(l.elapsed/60, l.budget['minutes'])
+            self.bar = tqdm(total=l.budget['minutes'], initial=done, unit='min',
             bar_format='{l_bar}{bar}| {n:.1f}/{total:.1f} min [{elapsed}<{remaining}{postfix}]', **kw)
 
     def after_step(self):
@@ -639,11 +672,13 @@ class Progress(Callback):
     def after_fit(self):
         if self.bar is None: return
         self.bar.close(); self.bar = None
-        if self.learn.history and not self.learn.error: self.learn.say(f'step {self.learn.step}: {self.text()}')
+        if self.learn.history and not self.learn.error:
+            self.learn.say(f'step {self.learn.step}: {self.text()}')
 
     def text(self):
         m, v = self.learn.history[-1], self.learn.valid
-        return (f'loss {m.loss_lm:.3f}, ' + (f'{m.bpb:.3f} bits/byte, ' if m.bpb else '') + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
+        return (f'loss {m.loss_lm:.3f}, ' + (f'{m.bpb:.3f} bits/byte, ' if m.bpb else '')
+                + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
 
 # %% ../nbs/05_learner.ipynb #c0120
 Learner.defaults.append(Progress)
@@ -651,17 +686,21 @@ Learner.defaults.append(Progress)
 # %% ../nbs/05_learner.ipynb #c0124
 @patch
 def loss_figure(self:Learner): # matplotlib Figure
-    "Training and validation loss against the unigram and bigram floors, recoveries marked. `ValueError` before the first record."
+    """Training and validation loss against the unigram and bigram floors, recoveries marked. `ValueError`
+    before the first record."""
     import matplotlib.pyplot as plt
     if not self.history: raise ValueError('nothing to plot: no step has been recorded yet; fit first')
     fig, ax = plt.subplots(figsize=(7, 4))
-    ok, ev = [m for m in self.history if math.isfinite(m.loss_lm)], [m for m in self.history if m.valid_nats is not None]
+    ok, ev = [m for m in self.history if math.isfinite(m.loss_lm)], [m for m in self.history
+        if m.valid_nats is not None]
     ax.plot([m.step for m in ok], [m.loss_lm for m in ok], color='C0', label='training')
-    if ev: ax.plot([m.step for m in ev], [m.valid_nats for m in ev], 'o-', ms=4, color='C1', label='validation')
+    if ev:
+        ax.plot([m.step for m in ev], [m.valid_nats for m in ev], 'o-', ms=4, color='C1', label='validation')
     for name, ls in (('unigram', '--'), ('bigram', ':')):
         nats = getattr(self.data.floors, name)
         ax.axhline(nats, ls=ls, color='grey', label=f'{name} floor {nats:.2f}')
-    for i,m in enumerate(m for m in self.history if m.note): ax.axvline(m.step, color='C3', lw=1, label=None if i else 'recovery')
+    for i,m in enumerate(m for m in self.history if m.note):
+        ax.axvline(m.step, color='C3', lw=1, label=None if i else 'recovery')
     ax.set(xlabel='step', ylabel='loss (nats per token)', title=self.data.name)
     ax.legend(); ax.grid(alpha=0.3); fig.tight_layout()
     return fig
@@ -711,12 +750,15 @@ class Timing(Callback):
 
 # %% ../nbs/05_learner.ipynb #c0136
 class MoEBalance(Callback):
-    "Adds the load-balance and the router z-loss of every mixture of experts, moves its bias at `bias_rate`, and logs `expert_usage` (a row per layer, summed since the last record) and `routing_entropy`. `ValueError` for a model without experts."
+    """Adds the load-balance and the router z-loss of every mixture of experts, moves its bias at
+    `bias_rate`, and logs `expert_usage` (a row per layer, summed since the last record) and
+    `routing_entropy`. `ValueError` for a model without experts."""
     order = -15 # before the Recorder
     def __init__(self, balance:float=0.01, z:float=1e-3, bias_rate:float=0.): store_attr()
     def before_fit(self):
         self.layers, self.used = list(moe_layers(self.learn.model).values()), None
-        if not self.layers: raise ValueError('MoEBalance wants a model with experts, e.g. ModelConfig(experts=4)')
+        if not self.layers:
+            raise ValueError('MoEBalance wants a model with experts, e.g. ModelConfig(experts=4)')
 
     def before_step(self): self.counts = 0
     def after_loss(self):
@@ -755,7 +797,8 @@ def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, num
             return {'$tuple': items} if isinstance(o, tuple) else items
         if o is None or isinstance(o, (bool, int, float, str)): return o
         raise TypeError(
-            f'a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; {path or "it"} is a {type(o).__name__}'
+            f'a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; '
+            f'{path or "it"} is a {type(o).__name__}'
         )
     return go(obj, ''), tensors
 
@@ -816,7 +859,8 @@ def write_checkpoint(folder, # holds the checkpoints
     write, # function that writes its files into the folder it is given
     keep:int=2, # how many of the newest stay
 )->Path: # folder/step-00000100
-    "Write a checkpoint so that it is there whole or not at all. `OSError` when the disk is full or not writable: the older ones are untouched then."
+    """Write a checkpoint so that it is there whole or not at all. `OSError` when the disk is full or not
+    writable: the older ones are untouched then."""
     folder = Path(folder)
     new, tmp, old = (folder/f'{pre}step-{step:08d}' for pre in ('', 'tmp-', 'old-'))
     try:
@@ -829,8 +873,10 @@ def write_checkpoint(folder, # holds the checkpoints
     except (OSError, SafetensorError) as e:
         if old.exists() and not new.exists(): old.rename(new)
         have = _steps(folder)
-        raise OSError(f'the checkpoint of step {step} could not be written to {folder} ({getattr(e, "strerror", None) or e}); '
-                      + (f'the last good one is {have[0].name}' if have else 'there is no earlier one')) from e
+        why = getattr(e, 'strerror', None) or e
+        raise OSError(f'the checkpoint of step {step} could not be written to {folder} ({why}); '
+                      + (f'the last good one is {have[0].name}' if have else 'there is no earlier one')
+                      ) from e
     finally:
         for d in (tmp, old): shutil.rmtree(d, ignore_errors=True)
     for d in _steps(folder)[max(1, keep):]: shutil.rmtree(d, ignore_errors=True)
@@ -884,7 +930,8 @@ def state(self:Learner)->dict: # nested; see `pack_state`
 # %% ../nbs/05_learner.ipynb #c0168
 @patch
 def save(self:Learner)->Path: # the checkpoint; None on other processes than the main one
-    "Write a checkpoint of this moment into `folder`. `ValueError` without a folder, `OSError` when it cannot be written."
+    """Write a checkpoint of this moment into `folder`. `ValueError` without a folder, `OSError` when it
+    cannot be written."""
     if not self.folder: raise ValueError('there is no folder to save in: Learner(..., folder=...)')
     start, (tree, tensors) = time.perf_counter(), pack_state(self.state())
     def write(tmp):
@@ -901,12 +948,14 @@ def save(self:Learner)->Path: # the checkpoint; None on other processes than the
 @patch
 def load(self:Learner, path, # a checkpoint folder
 )->dict: # its state; see `Learner.state`
-    "Take over weights and optimiser averages from a checkpoint. `ValueError` when it belongs to another model or is damaged."
+    """Take over weights and optimiser averages from a checkpoint. `ValueError` when it belongs to another
+    model or is damaged."""
     path, wrong = Path(path), check_checkpoint(path)
     if wrong: raise ValueError(f'checkpoint {path.name} is damaged: {wrong}')
     self.prepare()
     saved = unpack_state(json.loads((path/'state.json').read_text()), load_file(path/'state.safetensors'))
-    peaks = [g['initial_lr'] for g in self.opt.param_groups] # the learning rate is the learner's, not the checkpoint's
+    # the learning rate is the learner's, not the checkpoint's
+    peaks = [g['initial_lr'] for g in self.opt.param_groups]
     try:
         load_model(self.model, path/'model.safetensors')
         self.opt.load_state_dict(saved['opt'])
@@ -941,10 +990,12 @@ def _restore(self:Learner, saved:dict):
     same = len(ranks) == self.world
     self.data.train.load_state_dict(ranks[rank if same else 0]['data'])
     for c in self.cbs:
-        if type(c).__name__ in saved['cbs'] and hasattr(c, 'load_state_dict'): c.load_state_dict(saved['cbs'][type(c).__name__])
+        if type(c).__name__ in saved['cbs'] and hasattr(c, 'load_state_dict'):
+            c.load_state_dict(saved['cbs'][type(c).__name__])
     if same: set_rng_state(ranks[rank]['rng'])
     else:
-        self.say(f'the checkpoint is of {len(ranks)} process(es), this run has {self.world}: random numbers start afresh')
+        self.say(f'the checkpoint is of {len(ranks)} process(es), this run has {self.world}: '
+                 'random numbers start afresh')
         set_seed(self.seed + self.step + rank)
 
 # %% ../nbs/05_learner.ipynb #c0173
@@ -1002,7 +1053,8 @@ def _kind(t):
 # %% ../nbs/05_learner.ipynb #c0198
 def first_bad_module(model:nn.Module, *args, # what the model is called with
 )->str: # e.g. 'NaN in the output of blocks.1.mixer'; '' when all is finite
-    "Run the model once, without gradients, and name the first module whose output is not finite. Random numbers are left as they were."
+    """Run the model once, without gradients, and name the first module whose output is not finite. Random
+    numbers are left as they were."""
     bad, handles = [], []
     def watch(name):
         def hook(mod, inp, out):
@@ -1019,8 +1071,10 @@ def first_bad_module(model:nn.Module, *args, # what the model is called with
 
 # %% ../nbs/05_learner.ipynb #c0203
 class NumericalStabilityMonitor(Callback):
-    """Keeps NaN and infinity out of the weights: a bad step is never applied, its culprit is named, and one remedy after the other is tried.
-    Costs one comparison a step (which on a GPU waits for the step). `RuntimeError` when all remedies are used up."""
+    """Keeps NaN and infinity out of the weights: a bad step is never applied, its culprit is named, and
+    one remedy after the other is tried.
+    Costs one comparison a step (which on a GPU waits for the step). `RuntimeError` when all remedies are
+    used up."""
     order = 50
     def __init__(self,
         model:nn.Module=None, # default: the learner's
@@ -1085,17 +1139,20 @@ def _reduce_learning_rate(self:NumericalStabilityMonitor):
     self.learn.lr_scale *= 0.5
     return (
         True,
-        f"learning rate halved, its peak is now {self.learn.opt.param_groups[0]['initial_lr']*self.learn.lr_scale:.3g}",
+        f"learning rate halved, its peak is now "
+        f"{self.learn.opt.param_groups[0]['initial_lr']*self.learn.lr_scale:.3g}",
     )
 
 @patch
 def _reduce_v_max(self:NumericalStabilityMonitor): return self._scale('v_max', lambda v: 0.8*v)
 
 @patch
-def _reduce_feature_clamp(self:NumericalStabilityMonitor): return self._scale('feature_clamp', lambda v: 0.8*v)
+def _reduce_feature_clamp(self:NumericalStabilityMonitor):
+    return self._scale('feature_clamp', lambda v: 0.8*v)
 
 @patch
-def _adjust_grad_blend(self:NumericalStabilityMonitor): return self._scale('grad_blend', lambda v: 0.5*v + 0.25)
+def _adjust_grad_blend(self:NumericalStabilityMonitor):
+    return self._scale('grad_blend', lambda v: 0.5*v + 0.25)
 
 @patch
 def _reset_to_checkpoint(self:NumericalStabilityMonitor):
@@ -1121,7 +1178,8 @@ def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wr
         return True
     over = f' (passed over: {", ".join(passed)})' if passed else ''
     raise RuntimeError(
-        f'{cause}; all recovery strategies are used up{over}. The bad steps were not applied: the weights are those of the last good one'
+        f'{cause}; all recovery strategies are used up{over}. The bad steps were not applied: the '
+        f'weights are those of the last good one'
     )
 
 # %% ../nbs/05_learner.ipynb #c0216
