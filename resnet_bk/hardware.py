@@ -18,27 +18,30 @@ from pathlib import Path
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .native import Call, Cpp, CppLibrary, CPP_COMPLEX, cache_folder, check_tensor, register_kernel, unwatched
+from .native import Call, Cpp, CppLibrary, CPP_COMPLEX, cache_folder, check_tensor
+from .native import register_kernel, unwatched
 from .bk_core import BACKENDS, Reference, _raise, resolvent_diag, resolvent_mix
 from .cpu_kernels import CPP_STEPS
 from .mixers import BKMixer, BKAttention, _cast
 from .fused_layers import layer_op, layer_backward_op, attention_op, attention_backward_op
-from .fused_layers import layer_params, attention_params, _KINDS, _as_built, _attention, _attention_state
-from .fused_layers import _layer, _mixer_state
+from .fused_layers import layer_params, attention_params, _KINDS, _as_built
+from .fused_layers import _attention, _attention_state, _layer, _mixer_state
 from .model import ModelConfig, ResNetBK
 from .learner import _accelerator
 
 # %% ../nbs/10_hardware.ipynb #c0009
-def plan(chains:int, # B·C
-         N:int,      # rows
-         sms:int=132,# multiprocessors of the GPU; 132 = H100, H200
-         multiple:int=1, # length of a chunk is a multiple of this
-         enough:int=32,  # chains per multiprocessor that need no chunks
-        )->tuple:    # (K, length): chunks per chain
-    "How chains are cut in chunks: not at all if there are `enough` per multiprocessor, else for 256 lanes on each, of 128 rows or more."
+def plan(
+    chains:int, # B·C
+    N:int,      # rows
+    sms:int=132,    # multiprocessors of the GPU; 132 = H100, H200
+    multiple:int=1, # length of a chunk is a multiple of this
+    enough:int=32,  # chains per multiprocessor that need no chunks
+)->tuple:           # (K, length): chunks per chain, rows per chunk
+    "Cut chains in chunks (128 rows or more, 256 lanes per multiprocessor), unless there are `enough` chains."
     if chains < 1 or N < 1024 or chains >= enough*sms: return 1, max(N, 1)
     K = max(1, min(-(-256*sms//chains), N//128))
-    length = -(-N//K); length = -(-length//multiple)*multiple
+    length = -(-N//K)
+    length = -(-length//multiple)*multiple
     return -(-N//length), length
 
 # %% ../nbs/10_hardware.ipynb #c0013
@@ -75,7 +78,7 @@ template <class K> int launch(const K& k, I n, int threads, void* stream) {
 CUDA_LAUNCH += Cpp(r'''
 template <class K> int launch_blocks(const K& k, I blocks, int threads, void* stream) {
   if (blocks <= 0) return 0;
-  size_t room = k.room();  // more than 48 KiB of shared memory must be asked for
+  size_t room = k.room();  // a block gets more than 48 KiB of shared memory only on request
   if (room > 49152) {
     cudaError_t e =
         cudaFuncSetAttribute(block_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)room);
@@ -156,13 +159,15 @@ typedef Complex<double> Z;
 # %% ../nbs/10_hardware.ipynb #c9fd76d3
 #| echo: false
 CUDA_VIEWS += Cpp(r'''
+// lane = (b K + k) C + c
 struct Job {
   I B, N, C, K, len;
   BK_HD I lanes() const { return B * K * C; }
-};  // lane = (b K + k) C + c
+};
 
-struct Args {  // B N C K len off stream work bad E eta single, then per tensor (pointer, batch stride,
-               // row stride, rows)
+// B N C K len off stream work bad E eta single, then four numbers per tensor: pointer, batch stride,
+// row stride, rows
+struct Args {
   const I* a;
   int at;
   Job job() const { return {a[0], a[1], a[2], a[3], a[4]}; }
@@ -887,16 +892,17 @@ def find_nvcc()->str: # a path, or None
     return str(home) if home and home.exists() else shutil.which('nvcc')
 
 def nvcc_flags(archs)->list: # [(9, 0), ...] -> flags
-    "Flags of `nvcc`: code for each architecture, fused multiply-add, no fast math (its reciprocals lose two digits)."
+    "Flags of `nvcc`: code for each architecture; no fast math, whose reciprocals lose two digits."
     gen = [f'-gencode=arch=compute_{a}{b},code=sm_{a}{b}' for a,b in archs]
     return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', *gen]
 
-def compile_cuda(source:str,   # CUDA C++
-                 path,         # the library to write
-                 archs=((8,0), (9,0)), # compute capabilities
-                 verbose:bool=False, # also what each kernel needs, for `kernel_resources`
-                )->str:        # what nvcc said
-    "Compile to a shared library. `FileNotFoundError` without nvcc, `RuntimeError` with its first error otherwise."
+def compile_cuda(
+    source:str, # CUDA C++
+    path,       # the library to write
+    archs=((8,0), (9,0)), # compute capabilities
+    verbose:bool=False,   # also what each kernel needs, for `kernel_resources`
+)->str:                   # what nvcc said
+    "Compile to a shared library. `FileNotFoundError` without nvcc, `RuntimeError` with nvcc's first error."
     nvcc, path = find_nvcc(), Path(path)
     if not nvcc: raise FileNotFoundError('nvcc not found: install the CUDA toolkit or set CUDA_HOME')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -916,22 +922,25 @@ class CudaLibrary(CppLibrary):
     "CUDA C++ compiled by nvcc at the first `load`, for every GPU in the machine; None without one."
     kind = 'CUDA kernel'
     @property
-    def archs(self): return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    def archs(self):
+        return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
     @property
     def path(self)->Path:
-        key = hashlib.sha256(repr((self.source, nvcc_flags(self.archs), find_nvcc())).encode()).hexdigest()[:16]
-        return cache_folder()/f'{self.name}_{key}.so'
+        what = repr((self.source, nvcc_flags(self.archs), find_nvcc()))
+        return cache_folder()/f'{self.name}_{hashlib.sha256(what.encode()).hexdigest()[:16]}.so'
     def load(self):
         if self._lib is ...: self._lib = self._try() if torch.cuda.is_available() else None
         return self._lib
     def _try(self):
         try:
             if not self.path.exists():
-                print(f'resnet_bk: compiling the {self.kind} {self.name}, once ...', file=sys.stderr, flush=True)
+                print(f'resnet_bk: compiling the {self.kind} {self.name}, once ...',
+                      file=sys.stderr, flush=True)
                 compile_cuda(self.source, self.path, self.archs)
             lib = ctypes.CDLL(str(self.path))
             lib.bk_error.restype = ctypes.c_char_p
-            if e := lib.bk_device((ctypes.c_int64*1)(torch.cuda.current_device())):     # an old driver says so here
+            # an old driver is noticed here
+            if e := lib.bk_device((ctypes.c_int64*1)(torch.cuda.current_device())):
                 raise RuntimeError(lib.bk_error(e).decode())
             return lib
         except Exception as e:
@@ -943,9 +952,10 @@ CUDA_CORE = _SWEEPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
 DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', CUDA_CORE)
 
 # %% ../nbs/10_hardware.ipynb #c0040
-PIVOTS = torch.float64   # type of the pivots' arithmetic on a GPU; torch.float32 on a consumer card, see above
+PIVOTS = torch.float64 # type of the pivots' arithmetic on a GPU; torch.float32 for a consumer card
 
-def _view(t, parts=1): return (None, 0, 0, 0) if t is None else (t, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
+def _view(t, parts=1): # a tensor, its strides in real numbers, its rows
+    return (None, 0, 0, 0) if t is None else (t, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
 
 class _DeviceCall(Call):
     "Integers, and tensors whose address is taken when they are found to be plain memory of the right device."
@@ -956,7 +966,7 @@ class _DeviceCall(Call):
         return self
 
 class Kernels:
-    "The CUDA source behind the ops of `01`; `library` is the GPU's or the host's, `chunks` forces a number (tests)."
+    "The CUDA kernels behind the ops of `01`, built for a GPU or for the host; tests set `chunks`."
     def __init__(self, library, chunks=None): self.library, self.chunks = library, chunks
     @property
     def device(self): return 'cuda' if isinstance(self.library, CudaLibrary) else 'cpu'
@@ -974,9 +984,10 @@ class Kernels:
 
 # %% ../nbs/10_hardware.ipynb #c0040b
 @patch
-def run(self:Kernels, name, args, dev): # one call into the library, on that device; its answer is a CUDA error or 0
+def run(self:Kernels, name, args, dev): # one call into the library, on that device
     if dev.type != self.device or self.library.load() is None:
-        raise ValueError(f"the CUDA kernels need a GPU and nvcc, backend 'emulated' CPU tensors; got a tensor on {dev}")
+        raise ValueError("the CUDA kernels need a GPU and nvcc, backend 'emulated' needs CPU tensors; "
+                         f'got a tensor on {dev}')
     c = _DeviceCall(dev).mixed(*args)
     with torch.cuda.device(dev) if dev.type == 'cuda' else nullcontext(): e = c.enter(self.library, name)
     if e: raise RuntimeError(f'CUDA error {e} in {name}: {self.library.load().bk_error(e).decode()}')
@@ -984,12 +995,13 @@ def run(self:Kernels, name, args, dev): # one call into the library, on that dev
 @patch
 def call(self:Kernels, name, shape, K, n, ref, E, eta, off, *views):
     (B,N,C), dev = shape, ref.device
+    types = (ref.dtype, ref.dtype.to_real(), ref.dtype.to_complex(), torch.float64)
     work = torch.empty(17*B*K*C if K > 1 else 0, dtype=torch.float64, device=dev)
     bad = torch.zeros(2, dtype=torch.int32, device=dev)
     single = ref.dtype in (torch.float32, torch.complex64)
     for t in (E, eta, *(v[0] for v in views if isinstance(v, tuple))):
-        if t is not None and t.dtype not in (ref.dtype, ref.dtype.to_real(), ref.dtype.to_complex(), torch.float64):
-            raise ValueError(f'want tensors of one precision; got {t.dtype} beside {ref.dtype}')
+        if t is not None and t.dtype not in types:
+            raise ValueError(f'tensors must have one precision; got {t.dtype} beside {ref.dtype}')
     flat = [x for v in views for x in (v if isinstance(v, tuple) else (v, 0, 0, 0))]
     head = [B, N, C, K, n, off, self.stream(dev), work, bad, E, eta, PIVOTS == torch.float32]
     self.run(f"bk_{name}_{'f32' if single else 'f64'}", [*head, *flat], dev)
@@ -1005,53 +1017,56 @@ def _off(hop, N): return 0 if hop is None or N == 0 else hop.shape[1] - (N-1)
 
 @patch
 def scan(self:Kernels, v, w, u, E, eta, hop, g0, y0, shape):
-    B,N,C = shape; K,n = self.plan(B, N, C, E.device)
+    B,N,C = shape
+    K,n = self.plan(B, N, C, E.device)
     g = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
     y = torch.empty_like(g) if u is not None else None
     _check(self.call('scan', shape, K, n, E, E, eta, _off(hop, N), _view(v), _view(w), _view(u), _view(hop),
-                     _view(g, 2), _view(y, 2), *(g0, y0)), eta, w, hop)
+                     _view(g, 2), _view(y, 2), g0, y0), eta, w, hop)
     return g, g.new_empty(0) if y is None else y
 
 @patch
 def scan_backward(self:Kernels, g, y, gy, gg, hop, g0, y0, shape, need):
-    B, N, C = shape
-    K, n = self.plan(B, N, C, g.device)
+    B,N,C = shape
+    K,n = self.plan(B, N, C, g.device)
     real = g.real.dtype
     dv, dw, du = (torch.empty(shape, dtype=real, device=g.device) if k else None for k in need[:3])
     dhop = g.new_zeros(hop.shape, dtype=real) if need[3] else None
     s, ends = _sums(B, K, C, g), g.new_zeros(2, B, C)
-    self.call('scan_backward', shape, K, n, g, None, None, _off(hop, N), _view(g, 2),
-              _view(y if gy is not None else None, 2), _view(gy, 2), _view(gg, 2), _view(hop), _view(dv),
-              _view(dw), _view(du), _view(dhop), *(s[0], s[1], ends))
+    y = y if gy is not None else None
+    self.call('scan_backward', shape, K, n, g, None, None, _off(hop, N),
+              *(_view(t, 2) for t in (g, y, gy, gg)), *(_view(t) for t in (hop, dv, dw, du, dhop)), *s, ends)
     if dhop is not None: dhop = dhop[:,-(N-1):] if N > 1 else dhop[:,:0]
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s), ends[1][:,None], ends[0][:,None]
 
 # %% ../nbs/10_hardware.ipynb #c0043
 @patch
 def diag(self:Kernels, v, w, E, eta, hop, shape, keep=True):
-    B,N,C = shape; K,n = self.plan(B, N, C, E.device)
+    B,N,C = shape
+    K,n = self.plan(B, N, C, E.device)
     G = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
     gl, gr = (torch.empty_like(G), torch.empty_like(G)) if keep else (G, None)
-    _check(self.call('diag', shape, K, n, E, E, eta, 0, _view(v), _view(w), _view(hop), _view(gl, 2),
-                     _view(gr, 2), _view(G, 2)), eta, w, hop)
+    _check(self.call('diag', shape, K, n, E, E, eta, 0, *(_view(t) for t in (v, w, hop)),
+                     *(_view(t, 2) for t in (gl, gr, G))), eta, w, hop)
     return G, gl, gr
 
 @patch
 def diag_backward(self:Kernels, gl, gr, G, gG, hop, shape, need):
-    B, N, C = shape
-    K, n = self.plan(B, N, C, G.device)
+    B,N,C = shape
+    K,n = self.plan(B, N, C, G.device)
     real = G.real.dtype
     dv, dw = (torch.empty(shape, dtype=real, device=G.device) if k else None for k in need[:2])
-    dhop, s, lam = (G.new_zeros(hop.shape, dtype=real) if need[2] else None, _sums(B, K, C, G),
-                    torch.empty_like(G))
+    dhop = G.new_zeros(hop.shape, dtype=real) if need[2] else None
+    s, lam = _sums(B, K, C, G), torch.empty_like(G)
     self.call('diag_backward', shape, K, n, G, None, None, 0, *(_view(t, 2) for t in (gl, gr, G, gG)),
-              _view(hop), _view(lam, 2), _view(dv), _view(dw), _view(dhop), *s)
+              _view(hop), _view(lam, 2), *(_view(t) for t in (dv, dw, dhop)), *s)
     return dv, dw, dhop, *(x.sum(0).to(real) for x in s)
 
+# %% ../nbs/10_hardware.ipynb #c0043b
 @patch
 def solve(self:Kernels, v, w, u, E, eta, hop, shape):
-    B, N, C = shape
-    K, n = self.plan(B, N, C, E.device)
+    B,N,C = shape
+    K,n = self.plan(B, N, C, E.device)
     Y = torch.empty(shape, dtype=E.dtype.to_complex(), device=E.device)
     g, y = torch.empty_like(Y), torch.empty_like(Y)
     _check(self.call('solve', shape, K, n, E, E, eta, 0, *(_view(t) for t in (v, w, u, hop)),
@@ -1060,15 +1075,14 @@ def solve(self:Kernels, v, w, u, E, eta, hop, shape):
 
 @patch
 def solve_backward(self:Kernels, g, Y, gY, hop, shape, need):
-    B, N, C = shape
-    K, n = self.plan(B, N, C, g.device)
+    B,N,C = shape
+    K,n = self.plan(B, N, C, g.device)
     real = g.real.dtype
     dv, dw, du = (torch.empty(shape, dtype=real, device=g.device) if k else None for k in need[:3])
-    dhop, s, p = (g.new_zeros(hop.shape, dtype=real) if need[3] else None, _sums(B, K, C, g),
-                  torch.empty_like(g))
+    dhop = g.new_zeros(hop.shape, dtype=real) if need[3] else None
+    s, p = _sums(B, K, C, g), torch.empty_like(g)
     self.call('solve_backward', shape, K, n, g, None, None, 0, *(_view(t, 2) for t in (g, Y, gY)),
-              _view(hop), _view(p, 2), *(_view(t) for t in (dv, dw, du, dhop)),
-              *s)
+              _view(hop), _view(p, 2), *(_view(t) for t in (dv, dw, du, dhop)), *s)
     return dv, dw, du, dhop, *(x.sum(0).to(real) for x in s)
 
 EMULATED = BACKENDS['emulated'] = Kernels(HOST)
@@ -1078,9 +1092,10 @@ if torch.cuda.is_available() and find_nvcc(): BACKENDS['cuda'] = CUDA
 # %% ../nbs/10_hardware.ipynb #c0058
 #| echo: false
 CUDA_MATH = Cpp(r'''
+// brain float: the upper half of a float
 struct bf16 {
   uint16_t bits;
-};  // brain float: the upper half of a float
+};
 BK_HD float bk_float(uint32_t b) {
   union {
     uint32_t i;
@@ -1100,12 +1115,13 @@ BK_HD uint32_t bk_bits(float f) {
 template <class T> BK_HD T ld(const T* p) { return *p; }
 template <class T> BK_HD float ld(const bf16* p) { return bk_float((uint32_t)p->bits << 16); }
 template <class T> BK_HD T to(T x, T) { return x; }
+// to nearest, ties to even
 BK_HD bf16 to(float x, bf16) {
   uint32_t b = bk_bits(x);
   bf16 r;
   r.bits = x != x ? 0x7fc0 : (uint16_t)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
   return r;
-}  // to nearest, ties to even
+}
 template <class M, class T> BK_HD void st(M* p, T x) { *p = to(x, M()); }
 template <class M, class T> BK_HD void st2(M* p, T x, T y) {
   *(Pair<M>*)p = Pair<M>{to(x, M()), to(y, M())};
@@ -1178,8 +1194,8 @@ CUDA_LAYER += Cpp(r'''
     l.age = CW;
     for (I i = n0 - CW + 1; i < n0; i++) l.age = cut_at(b, i) ? 0 : l.age + 1;
   }
-  BK_HD void shift(Window& l, const T* x, bool cut_here,
-                    T* pre) const {  // one row on: the convolved columns
+  // one row on: the convolved columns
+  BK_HD void shift(Window& l, const T* x, bool cut_here, T* pre) const {
     l.age = cut_here ? 0 : l.age + 1;
     BK_UNROLL for (int p = 0; p < 3; p++) if (p < nin) {
       BK_UNROLL for (int j = CW - 1; j > 0; j--) l.x[p][j] = l.x[p][j - 1];
@@ -1325,6 +1341,7 @@ CUDA_LAYER += Cpp(r'''
 # %% ../nbs/10_hardware.ipynb #c0064
 #| echo: false
 CUDA_LAYER_BACK = Cpp(r'''
+// per token: the mean of (gradient × output)
 template <class T, class M, int CW> struct Dots {
   enum { PHASES = 3, TREE = 8 };
   LayerData<T, M, CW> d;
@@ -1374,8 +1391,8 @@ template <class T, class M, int CW, bool FOLD> struct LayerBack {
 # %% ../nbs/10_hardware.ipynb #547dff86
 #| echo: false
 CUDA_LAYER_BACK += Cpp(r'''
-  BK_HD void again(typename Data::Window& l, Block& k, I b, I c, I t0,
-                    I t1) const {  // the forward sweep of one block of rows
+  // the forward sweep of one block of rows
+  BK_HD void again(typename Data::Window& l, Block& k, I b, I c, I t0, I t1) const {
     const double* q = d.ck + ((b * d.blocks() + t0 / ROWS) * d.C + c) * 4;
     Z g = {q[0], q[1]}, y = {q[2], q[3]};
     d.open(l, b, c, t0);
@@ -1383,8 +1400,8 @@ CUDA_LAYER_BACK += Cpp(r'''
     for (I i0 = t0; i0 < t1; i0 += AHEAD) {  // eight rows are loaded before the first is used
       T x[AHEAD][3];
       BK_UNROLL for (int q = 0; q < AHEAD; q++)
-          BK_UNROLL for (int p = 0; p < 3; p++) if (i0 + q < t1 && p < d.nin) x[q][p] =
-              d.raw(b, i0 + q, p, c);
+        BK_UNROLL for (int p = 0; p < 3; p++)
+          if (i0 + q < t1 && p < d.nin) x[q][p] = d.raw(b, i0 + q, p, c);
       BK_UNROLL for (int q = 0; q < AHEAD; q++) if (i0 + q < t1) {
         T pre[3], u, w, v;
         const I n = i0 + q - t0;
@@ -1407,10 +1424,11 @@ CUDA_LAYER_BACK += Cpp(r'''
 # %% ../nbs/10_hardware.ipynb #c0066
 #| echo: false
 CUDA_LAYER_BACK += Cpp(r'''
+  // what a row loads
   struct Early {
     T r, m, d0, d1, z;
     bool cut;
-  };  // what a row loads
+  };
   BK_HD Early early(I b, I i, I c) const {
     const I at = b * d.N + i;
     const M* q = d.dout + at * d.D() + d.feat * c;
@@ -1469,14 +1487,13 @@ CUDA_LAYER_BACK += Cpp(r'''
       if (d.iw > 0) own[2] = x;
       else own[1] = x;
     }
-    BK_UNROLL for (int p = 0; p < 3;
 ''')
 
 # %% ../nbs/10_hardware.ipynb #37343127
 #| echo: false
 CUDA_LAYER_BACK += Cpp(r'''
-                   p++) if (p < d.nin) {  // the convolution transposed: a row is complete once the rows
-                                          // after it have added their share
+    // the convolution transposed: a row is complete once the rows after it have added their share
+    BK_UNROLL for (int p = 0; p < 3; p++) if (p < d.nin) {
       BK_UNROLL for (int q = 0; q < CW; q++) if (q <= k.age[n]) {
         s.owed[p][q] += own[p] * l.f[p][q];
         sum[p * CW + q] += own[p] * d.raw(b, i - q, p, c);
@@ -1504,9 +1521,7 @@ CUDA_LAYER_BACK += Cpp(r'''
 # %% ../nbs/10_hardware.ipynb #c0068
 #| echo: false
 CUDA_LAYER_BACK += Cpp(r'''
-  BK_HD void start(Z* z, I, I) const {
-    z[0] = z[1] = {0, 0};
-  }
+  BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
   BK_HD void operator()(I lane) const {
     const I c = lane % j.C, k = lane / j.C % j.K, b = lane / j.C / j.K, n0 = k * j.len,
             n1 = least(j.N, n0 + j.len), L = j.lanes();
@@ -1550,8 +1565,8 @@ CUDA_LAYER_BACK += Cpp(r'''
       return;
     }
     const I rows = CW * d.nin + 4 + d.feat;
-    double* o = d.sums + (b * j.K + k) * rows * d.C +
-                c;  // as 02 wants them: taps (j, p), bias, scale, E, eta, weight
+    // in the order of 02b: taps (j, p), bias, scale, E, eta, weight
+    double* o = d.sums + (b * j.K + k) * rows * d.C + c;
     for (int q = 0; q < CW; q++)
       for (int p = 0; p < d.nin; p++) o[(q * d.nin + p) * d.C] = acc[p * CW + q];
     for (int q = 0; q < 4 + d.feat; q++) o[(CW * d.nin + q) * d.C] = acc[3 * CW + q];
@@ -1595,8 +1610,8 @@ template <class T, class M, int CW> int layer(const I* a, bool back) {
   d.nin = (int)s[4];
   d.feat = (int)s[5];
   d.act = (int)s[6];
-  d.vmax = (T) * (double*)s[12];
-  d.eps = (T) * (double*)s[13];
+  d.vmax = T(*(double*)s[12]);
+  d.eps = T(*(double*)s[13]);
   d.iw = s[8] ? 1 : -1;
   d.iv = s[9] ? 1 + (int)s[8] : -1;
   d.mean = (T*)a[4];
@@ -1648,9 +1663,9 @@ CUDA_LAYER_ENTRY += Cpp(r'''
   return e || j.K == 1 ? e : launch(Pay<T, M, CW>{d, j}, j.B * j.K * d.P(), 128, stream);
 }
 static int layer_any(const I* a, bool b) {
-  return a[17] == 0   ? layer<float, float, 4>(a, b)
-         : a[17] == 1 ? layer<double, double, 4>(a, b)
-                      : layer<float, bf16, 4>(a, b);
+  if (a[17] == 0) return layer<float, float, 4>(a, b);
+  if (a[17] == 1) return layer<double, double, 4>(a, b);
+  return layer<float, bf16, 4>(a, b);
 }
 extern "C" int bk_layer(const I* a) { return layer_any(a, false); }
 extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
@@ -1670,37 +1685,43 @@ def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensor
     B, N, Fh = h.shape
     W, P = taps.shape
     dev, k = h.device, LAYER_KERNELS[h.device.type]
-    K, n = k.plan(B, N, C, dev, 32, 256 if back else 32)  # backward recomputes, so it wants more lanes
+    K, n = k.plan(B, N, C, dev, 32, 256 if back else 32)  # backward recomputes, so it takes more lanes
     f = taps.dtype
     empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
-    work, mean, owed = (empty(17 * B * K * C if K > 1 else 0, dt=torch.float64),
-                        empty(B * N if back else 0), empty(B * K * W * P if back and K > 1 else 0))
+    work, mean = empty(17*B*K*C if K > 1 else 0, dt=torch.float64), empty(B*N if back else 0)
+    owed = empty(B*K*W*P) if back and K > 1 else 0
     sums = empty(B*K, W*(P//C) + 4 + features, C, dt=torch.float64) if back else None
     nums = torch.tensor([v_max, eps], dtype=torch.float64)          # read on the host
     at = nums.data_ptr()
-    args = [K, n, k.stream(dev), work, mean, owed if K > 1 else 0, B, N, C, Fh, P//C, features, act, 0,
-            bias is not None, has_v, W, _TYPES[h.dtype], at, at + 8, h, h.stride(0), h.stride(1), *tensors, sums]
+    args = [K, n, k.stream(dev), work, mean, owed, B, N, C, Fh, P//C, features, act, 0,
+            bias is not None, has_v, W, _TYPES[h.dtype], at, at + 8, h, h.stride(0), h.stride(1),
+            *tensors, sums]
     k.run(name, args, dev)
     return sums
 
 def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v,
                   keep=True):
-    "`02`'s fused layer by the CUDA kernels, on the GPU or, for CPU tensors, emulated: output, 1/r, kept states, state at the end."
-    B,N,_ = h.shape; C, f = len(scale), scale.dtype
+    "The fused layer by the CUDA kernels (CPU tensors: emulated): output, 1/r, kept states, state at the end."
+    B,N,_ = h.shape
+    C, taps = len(scale), _four(taps)
     out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
-    r, kept = (h.new_empty(B, N, dtype=f), h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64)) if keep else (None, None)
-    taps = _four(taps)
+    r = h.new_empty(B, N, dtype=scale.dtype) if keep else None
+    kept = h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64) if keep else None
     _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E,
                eta, scale, weight, out, r, kept, g0, end, None, None)
     return out, r, kept, end
 
-def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, v_max, eps, features, act, has_v):
+# %% ../nbs/10_hardware.ipynb #c0071b
+def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept,
+                   v_max, eps, features, act, has_v):
     "Its adjoint: the gradient of h, and the parameters' in one row (taps, bias, scale, E, eta, weight)."
     dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale)
-    g, f, n = g.contiguous(), _four(taps), taps.numel() // C
-    s = _layer_run('bk_layer_backward', h, f, bias, v_max, eps, features, act, has_v, C, None, cut, f, bias, E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
+    g, f, n = g.contiguous(), _four(taps), taps.numel()//C
+    s = _layer_run('bk_layer_backward', h, f, bias, v_max, eps, features, act, has_v, C, None, cut, f, bias,
+                   E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
     s = (s if h.numel() else torch.zeros_like(s)).sum(0)
-    return dh, torch.cat([s[:n].flatten(), s[f.numel()//C:-features].flatten(), s[-features:].T.flatten()]).to(scale.dtype)
+    s = [s[:n].flatten(), s[f.numel()//C:-features].flatten(), s[-features:].T.flatten()]
+    return dh, torch.cat(s).to(scale.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0073
 #| echo: false
@@ -1735,16 +1756,17 @@ template <class T, class M, int CW> struct AttnData {
 # %% ../nbs/10_hardware.ipynb #baad7ef7
 #| echo: false
 CUDA_ATTENTION += Cpp(r'''
+  // no cut between i - j and i
   BK_HD bool ok(I b, I i, int j) const {
     if (cut)
       for (int s = 0; s < j; s++)
         if (i - s >= 0 && cut[b * N + i - s]) return false;
     return true;
-  }  // no cut between i - j and i
+  }
   BK_HD T conv(I b, I i, I col) const {
     T a = 0;
-    BK_UNROLL for (int j = 0; j < CW; j++) if (ok(b, i, j)) a +=
-        raw(b, i - j, col) * taps[j * 3 * D() + col];
+    BK_UNROLL for (int j = 0; j < CW; j++)
+      if (ok(b, i, j)) a += raw(b, i - j, col) * taps[j * 3 * D() + col];
     return a;
   }
 };
@@ -1868,12 +1890,12 @@ template <class T, class M> struct States {
     }
     if (last) last[lane] = S;
   }
+};
 ''')
 
 # %% ../nbs/10_hardware.ipynb #32976702
 #| echo: false
 CUDA_ATTENTION += Cpp(r'''
-};
 template <class T, class M, int CW> struct Finish {
   enum { PHASES = 3 };
   AttnData<T, M, CW> d;
@@ -1981,11 +2003,6 @@ template <class T, class M, int CW> struct MaskBack {
         da[o + i] = -s;
       }
   }
-''')
-
-# %% ../nbs/10_hardware.ipynb #675dc0f4
-#| echo: false
-CUDA_ATTENTION_BACK += Cpp(r'''
 };
 ''')
 
@@ -2059,8 +2076,8 @@ template <class T, class M, int CW> struct PrepareBack {
     if (phase == 0)
       for (int e = t; e < rows * d.w(); e += threads) {
         x[e] = silu(d.conv(b, t0 + e / d.w(), col + e % d.w()));
-        g[e] = ld<T>(dx + at * TILE * d.w() + e);
-      }  // the next chunk follows in memory
+        g[e] = ld<T>(dx + at * TILE * d.w() + e);  // the next chunk follows in memory
+      }
     if (phase == 1 && p < 2)
       for (I i = t; i < rows; i += threads) {
         T s = 0, m = 0;
@@ -2116,26 +2133,10 @@ CUDA_ATTENTION_ENTRY = Cpp(r'''
 // into end decay seg, then the tensors of that kernel
 template <class T, class M, int CW> int attention(const I* a) {
   const I* q = a + 10;
-  AttnData<T, M, CW> d = {a[2],
-                          a[3],
-                          a[4],
-                          a[5],
-                          a[6],
-                          (T) * (double*)a[9],
-                          (const M*)q[0],
-                          q[1],
-                          q[2],
-                          (const M*)q[3],
-                          (const uint8_t*)q[4],
-                          (const T*)q[5],
-                          (const T*)q[6],
-                          (const T*)q[7],
-                          (T*)q[8],
-                          (T*)q[9],
-                          (T*)q[10],
-                          (T*)q[11],
-                          (T*)q[12],
-                          (int*)q[13]};
+  AttnData<T, M, CW> d = {a[2], a[3], a[4], a[5], a[6], T(*(double*)a[9]),
+                          (const M*)q[0], q[1], q[2], (const M*)q[3], (const uint8_t*)q[4],
+                          (const T*)q[5], (const T*)q[6], (const T*)q[7],
+                          (T*)q[8], (T*)q[9], (T*)q[10], (T*)q[11], (T*)q[12], (int*)q[13]};
   const I* p = q + 14;
   void* s = (void*)a[1];
   const I tiles = d.B * d.H * d.chunks();
@@ -2182,9 +2183,9 @@ CUDA_ATTENTION_ENTRY += Cpp(r'''
 #| echo: false
 CUDA_ATTENTION_ENTRY += Cpp(r'''
 extern "C" int bk_attention(const I* a) {
-  return a[8] == 0   ? attention<float, float, 4>(a)
-         : a[8] == 1 ? attention<double, double, 4>(a)
-                     : attention<float, bf16, 4>(a);
+  if (a[8] == 0) return attention<float, float, 4>(a);
+  if (a[8] == 1) return attention<double, double, 4>(a);
+  return attention<float, bf16, 4>(a);
 }
 // the state alone, for resolvent_attention. a: stream, B·H, n, size, back, float64, then new, decay, S0,
 // before, last
@@ -2206,15 +2207,13 @@ ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_
 class _Attend:
     "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
     def __init__(self, h, past, cut, taps, log_g, weight, eps):
-        B, N, Fh = h.shape
+        B,N,Fh = h.shape
         H, d, f = log_g.shape[2], len(weight), weight.dtype
-        n = -(-N // 64)
-        taps = _four(taps)
+        n, taps = -(-N//64), _four(taps)
         self.shape, self.h, self.f = (B, H, n, 64, d), h, f
         self.k = ATTENTION_KERNELS[h.device.type]
-        self.decays = [h.new_empty(B, H, n, 64, dtype=f)
-                       for _ in range(4)] + [h.new_empty(B, H, n, dtype=f),
-                                             h.new_empty(B, H, n, 64, dtype=torch.int32)]
+        self.decays = [*(h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)),
+                       h.new_empty(B, H, n, dtype=f), h.new_empty(B, H, n, 64, dtype=torch.int32)]
         self.num = torch.tensor([eps], dtype=torch.float64)         # read on the host
         self.head = [self.k.stream(h.device), B, N, H, d, Fh, len(taps), _TYPES[h.dtype], self.num.data_ptr(),
                      h, h.stride(0), h.stride(1), past, cut, taps, log_g, weight, *self.decays]
@@ -2224,38 +2223,42 @@ class _Attend:
         self(1, self.P)
     def tile(self, *s, dtype=None): return self.h.new_empty(s or self.shape, dtype=dtype or self.h.dtype)
     def __call__(self, which, *ts): self.k.run('bk_attention', [which, *self.head, *ts], self.h.device)
-
-    # state before each chunk (after, when back): in the type of sums, and in that of the products
-    def states(self, new, S0=None, keep=True, last=None, back=0):
-        B,H,n,_,d = self.shape; low = self.h.dtype != self.f
-        S, s = (self.tile(B, H, n, d, d, dtype=self.f) if keep or not low
-                else None), (self.tile(B, H, n, d, d) if low else None)
-        self(2, new, S0, S, last, s, back); return S, s if low else S
     def values(self, s): return self.P @ self.v + self.qi @ s
 
+# %% ../nbs/10_hardware.ipynb #c0086b
+@patch
+def states(self:_Attend, new, S0=None, keep=True, last=None, back=0):
+    "State before each chunk (after it, when back), in the type of sums and in that of the products."
+    B,H,n,_,d = self.shape
+    low = self.h.dtype != self.f
+    S = self.tile(B, H, n, d, d, dtype=self.f) if keep or not low else None
+    s = self.tile(B, H, n, d, d) if low else None
+    self(2, new, S0, S, last, s, back)
+    return S, s if low else S
+
 def attention_forward(h, past, cut, taps, log_g, weight, S0, eps, keep=True):
-    "`02`'s fused attention by the CUDA kernels and `matmul`: output, 1/r per head, states at the chunks, state at the end."
-    B, N, _ = h.shape
+    "Fused attention by the CUDA kernels and `matmul`: output, 1/r per head, states at chunks and at the end."
+    B,N,_ = h.shape
     H, d, f = log_g.shape[2], len(weight), weight.dtype
     out, r = h.new_empty(B, N, H*d), h.new_empty(B, N, H, dtype=f) if keep else None
     end = None if keep else h.new_zeros(B, H, d, d, dtype=f) if S0 is None else S0.clone()
     if not h.numel(): return out, r, h.new_empty(B, H, -(-N//64), d, d, dtype=f) if keep else None, end
     a = _Attend(h, past, cut, taps, log_g, weight, eps)
     S, s = a.states(a.ke.mT @ a.v, S0, keep, end)
-    a(3, a.values(s), out, r); return out, r, S if keep else None, end
+    a(3, a.values(s), out, r)
+    return out, r, S if keep else None, end
 
 # %% ../nbs/10_hardware.ipynb #c0087
 def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     "Its adjoint: gradients of h and log_g, and those of taps and weight in one row."
-    B, N, _ = h.shape
+    B,N,_ = h.shape
     H, d, f = log_g.shape[2], len(weight), weight.dtype
-    n = -(-N // 64)
-    g = g.contiguous()
+    n, g = -(-N//64), g.contiguous()
     dh, dla = torch.empty(h.shape, dtype=h.dtype, device=h.device), torch.empty_like(log_g)
     if not h.numel(): return dh, dla, taps.new_zeros(taps.numel() + d)
     a = _Attend(h, None, cut, taps, log_g, weight, eps)
     s = kept.to(h.dtype)
-    dY, dwt = a.tile(), a.tile(B * H * n, d, dtype=f)
+    dY, dwt = a.tile(), a.tile(B*H*n, d, dtype=f)
     a(4, a.values(s), out, g, r, dY, dh, dwt)
     dS, ds = a.states(a.qi.mT @ dY, back=1)                        # gradient of the state after each chunk
     dv, dP = a.ke @ ds + a.P.mT @ dY, dY @ a.v.mT
@@ -2263,23 +2266,25 @@ def attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
     a(5, a.P, dP, dA, da)
     dq, dk, dq2, dk2 = dY @ s.mT, a.v @ ds.mT, dP @ a.key, dP.mT @ a.q
     a(6, a.q, a.key, dq2, dk2, dq, dk, dA, da, dla, (kept*dS).sum((-1,-2)))
-    dtaps = a.tile(B*n, 12*H*d, dtype=f); a(7, dq, dk, dv, dh, dtaps)
-    return (dh, dla, torch.cat([x.sum(0, dtype=torch.float64)
-                                for x in (dtaps[:, : taps.numel()], dwt)]).to(taps.dtype))
+    dtaps = a.tile(B*n, 12*H*d, dtype=f)
+    a(7, dq, dk, dv, dh, dtaps)
+    sums = [x.sum(0, dtype=torch.float64) for x in (dtaps[:,:taps.numel()], dwt)]
+    return dh, dla, torch.cat(sums).to(taps.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0089
 def _states(new, decay, S0, back):
-    B, H, n, dk, dv = new.shape
-    k, new, decay, S0 = (ATTENTION_KERNELS[new.device.type], new.contiguous(), decay.contiguous(),
-                         None if S0 is None else S0.contiguous())
+    B,H,n,dk,dv = new.shape
+    k = ATTENTION_KERNELS[new.device.type]
+    new, decay, S0 = (None if t is None else t.contiguous() for t in (new, decay, S0))
     before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
     if new.numel():
         args = [k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64]
         k.run('bk_states', [*args, new, decay, S0, before, last], new.device)
     return before, last
 
+# new (B, H, n, dk, dv), decay (B, H, n, 1, 1), float32 or float64
 class CarriedState(torch.autograd.Function):
-    "`S ← decay·S + new` over chunks: new (B, H, n, dk, dv), decay (B, H, n, 1, 1), first state or None → states before each chunk, last state. float32 or float64."
+    "`S ← decay·S + new` over chunks from a first state or None: states before each chunk, and the last."
     @staticmethod
     def forward(ctx, new, decay, S0):
         before, last = _states(new, decay, S0, 0)
@@ -2312,7 +2317,9 @@ attention_op.register_kernel('cuda')(_attention_on_gpu)
 attention_backward_op.register_kernel('cuda')(attention_backward)
 
 # %% ../nbs/10_hardware.ipynb #c0101
-def _loads(which): return {'layer': LAYER_KERNELS, 'attention': ATTENTION_KERNELS}[which]['cuda'].library.load() is not None
+def _loads(which):
+    kernels = {'layer': LAYER_KERNELS, 'attention': ATTENTION_KERNELS}[which]
+    return kernels['cuda'].library.load() is not None
 _loads._dynamo_marked_constant = True
 
 def _passes(layer, x, state, cut, return_state): # nothing watches, and no gradient goes through a state
@@ -2337,7 +2344,7 @@ def _mixer_on_gpu(m, x, state, cut, return_state):
     return y, (tail, tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
 
 # %% ../nbs/10_hardware.ipynb #c0101b
-def _shared_memory(dev): # bytes a block may ask for
+def _shared_memory(dev): # bytes a block can have
     p = torch.cuda.get_device_properties(dev)
     return getattr(p, 'shared_memory_per_block_optin', 48 << 10)
 
@@ -2353,8 +2360,10 @@ def _heads_on_gpu(m, x, state, cut, return_state):
     h, (taps, bias, *_, weight) = m.in_proj(x), attention_params(m, t)
     w, stateful = F.softplus(m.absorb_proj(x).to(weight.dtype) + bias), state is not None or return_state
     past, g0, S = (None, None, None) if state is None else _attention_state(state, t)
-    hop = None if cut is None else (~(cut if state is not None else cut[:,1:]))[...,None].to(w.dtype).expand(-1, -1, H)
-    g = resolvent_diag(None, m.spectrum(), w, hop, causal=True, state=None if g0 is None else torch.view_as_complex(g0))
+    bonds = None if cut is None else ~(cut if state is not None else cut[:,1:])
+    hop = None if cut is None else bonds[...,None].to(w.dtype).expand(-1, -1, H)
+    g0 = None if g0 is None else torch.view_as_complex(g0)
+    g = resolvent_diag(None, m.spectrum(), w, hop, causal=True, state=g0)
     log_g = g.abs().log().to(weight.dtype).contiguous()
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return m.out_proj(attention_op(h, cut, taps, log_g, weight, m.norm.eps)[0])
@@ -2362,9 +2371,10 @@ def _heads_on_gpu(m, x, state, cut, return_state):
     y = m.out_proj(y)
     if not stateful: return y
     tail = None if m.conv is None else m.conv.tail(h[...,:3*m.d_model], past, cut)
-    last = g[:,-1] if x.shape[1] else g.new_zeros(len(x), H) if g0 is None else torch.view_as_complex(g0)
+    last = g[:,-1] if x.shape[1] else g.new_zeros(len(x), H) if g0 is None else g0
     return (y, (tail, last, end)) if return_state else y
 
+# %% ../nbs/10_hardware.ipynb #c0101c
 _ON_GPU = {BKMixer: _mixer_on_gpu, BKAttention: _heads_on_gpu}
 def layer_on_gpu(layer, x, state, cut, return_state):
     "The whole layer by CUDA kernels; None if this is not exactly a layer they know."
@@ -2372,45 +2382,52 @@ def layer_on_gpu(layer, x, state, cut, return_state):
 register_kernel('layers', 'cuda', layer_on_gpu)
 
 # %% ../nbs/10_hardware.ipynb #c0106
-def kernel_resources(said:str, # by `compile_cuda(..., verbose=True)`
-                     arch=(9,0), # compute capability
-                    )->list:   # of dicts: kernel, registers, spilled and stack bytes per thread
+def kernel_resources(
+    said:str,   # by `compile_cuda(..., verbose=True)`
+    arch=(9,0), # compute capability
+)->list:        # of dicts: kernel, registers, spilled and stack bytes per thread
     "What `ptxas` reported for each kernel."
-    found = re.findall(
-        rf"Compiling entry function '(\S+)' for 'sm_{arch[0]}{arch[1]}'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, .*?Used (\d+) registers",
-        said,
-        re.S,
-    )
-    names = subprocess.run(['c++filt'], input='\n'.join(f[0] for f in found), capture_output=True, text=True).stdout.splitlines() if shutil.which('c++filt') else [f[0] for f in found]
-    short = lambda n: re.sub(r'>$', '', re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))).replace(' ', '')
-    return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1])) for n,f in zip(names, found)]
+    found = re.findall(rf"Compiling entry function '(\S+)' for 'sm_{arch[0]}{arch[1]}'.*?(\d+) bytes stack "
+                       r'frame, (\d+) bytes spill stores, .*?Used (\d+) registers', said, re.S)
+    names = [f[0] for f in found]
+    if shutil.which('c++filt'):
+        r = subprocess.run(['c++filt'], input='\n'.join(names), capture_output=True, text=True)
+        names = r.stdout.splitlines()
+    def short(n):
+        n = re.sub(r'^void (lane|block)_kernel<', '', re.sub(r'>\(.*', '>', n))
+        return re.sub(r'>$', '', n).replace(' ', '')
+    return [dict(kernel=short(n), registers=int(f[3]), spilled=int(f[2]), stack=int(f[1]))
+            for n,f in zip(names, found)]
 
 # %% ../nbs/10_hardware.ipynb #c0113
 class CUDAOptimizedBKCore(nn.Module):
-    "The seeds' BK-Core: diagonal of `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`, as two features. CUDA kernels on a GPU, the C++ kernel elsewhere; always float32 (or float64 if v is)."
+    "BK-Core of the design notes: Re, Im of diag `(H - zI)⁻¹`, `H = tridiag(h0_sub, h0_diag + v, h0_super)`."
     def __init__(self,
         n_seq:int,       # N
         z:complex=1j,    # energy + i·width, width > 0
         # True: g of the chain cut after each token. False sees the future: no next-token model
         causal:bool=False,
-    ):
+    ): # computes in float32, in float64 if v is
         super().__init__()
         if n_seq < 1: raise ValueError(f'n_seq must be at least 1; got {n_seq}')
         self.n_seq, self.z, self.causal = n_seq, complex(z), causal
-        for name,n,x in (('h0_diag', n_seq, -2.), ('h0_sub', n_seq-1, 1.), ('h0_super', n_seq-1, 1.)): self.register_buffer(name, torch.full((n,), x))
+        self.register_buffer('h0_diag', torch.full((n_seq,), -2.))
+        for name in ('h0_sub', 'h0_super'): self.register_buffer(name, torch.full((n_seq-1,), 1.))
 
     def forward(self, v:Tensor # (B, N) real potential
                )->Tensor:      # (B, N, 2): Re G, Im G
-        if v.ndim != 2 or v.shape[1] != self.n_seq: raise ValueError(f'want v (B, {self.n_seq}); got {tuple(v.shape)}')
+        if v.ndim != 2 or v.shape[1] != self.n_seq:
+            raise ValueError(f'v must be (B, {self.n_seq}); got {tuple(v.shape)}')
         with torch.autocast(v.device.type, enabled=False):
             v = v if v.dtype == torch.float64 else v.float()
             k = (self.h0_sub * self.h0_super).to(v.dtype)
-            G = resolvent_diag((v + self.h0_diag.to(v.dtype) + 2)[...,None], self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
+            v = (v + self.h0_diag.to(v.dtype) + 2)[...,None]
+            G = resolvent_diag(v, self.z, hop=k.sqrt()[None,:,None], causal=self.causal)
         return torch.view_as_real(G[...,0])
 
 # %% ../nbs/10_hardware.ipynb #c0116
 class MixedPrecisionTrainer:
-    "The seeds' mixed precision training step, by `accelerate`: autocast, gradient scaling for fp16, clipping. Weights, E and η stay float32."
+    "The design notes' mixed precision step by `accelerate`: autocast, fp16 scaling, clipping."
     def __init__(self,
         model:nn.Module,
         optimizer,           # over the model's parameters
@@ -2419,15 +2436,15 @@ class MixedPrecisionTrainer:
     ):
         gpu = torch.cuda.is_available()
         precision = precision or ('bf16' if not gpu or torch.cuda.is_bf16_supported() else 'fp16')
-
-        if precision not in ('no', 'bf16', 'fp16'): raise ValueError(f"precision must be 'no', 'bf16' or 'fp16'; got {precision!r}")
-        if precision == 'fp16' and not gpu: raise ValueError("'fp16' wants a GPU (its gradient scaler runs there); on a CPU use 'bf16'")
+        if precision not in ('no', 'bf16', 'fp16'):
+            raise ValueError(f"precision must be 'no', 'bf16' or 'fp16'; got {precision!r}")
+        if precision == 'fp16' and not gpu:
+            raise ValueError("'fp16' needs a GPU (its gradient scaler runs there); on a CPU use 'bf16'")
         self.accelerator, self.clip, self.precision = _accelerator(precision), clip, precision
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)     # autocast is ours
     @property
-    def scaler(self):
-        return self.accelerator.scaler  # None but for fp16
+    def scaler(self): return self.accelerator.scaler # None but for fp16
 
     def train_step(self, x_batch:Tensor, # (B, N) tokens
                    y_batch:Tensor,       # (B, N) or (B·N,) targets
@@ -2445,54 +2462,48 @@ class MixedPrecisionTrainer:
         return loss.item()
 
 # %% ../nbs/10_hardware.ipynb #c0124
-def _off_by(a, b):
-    return max(((x.detach().cpu().double()
-                 - y.detach()).abs().max() / y.detach().abs().max().clamp_min(1e-30)).item() for x,
-               y in zip(a, b) if y is not None and y.numel())
+def _off_by(a, b): # the largest difference of a tensor over the tensor's largest entry
+    pairs = [(x.detach().cpu().double(), y.detach()) for x,y in zip(a, b) if y is not None and y.numel()]
+    return max(((x - y).abs().max()/y.abs().max().clamp_min(1e-30)).item() for x,y in pairs)
 
 def _op_values(op, c, backend):
     "Value and gradients of one op, each as a real tensor; the cotangent is fixed."
     x = {k: t.clone().requires_grad_() for k, t in c.items()}
     z, kw = torch.complex(x['E'], x['eta']), dict(absorb=x['absorb'], hop=x['hop'], backend=backend)
-    if op == 'mix':
-        out, ends = resolvent_mix(x['v'], x['u'], z, state=(x['g'], x['y']), return_state=True, **kw)
-    elif op == 'solve':
-        out = resolvent_mix(x['v'], x['u'], z, causal=False, **kw)
-    else:
-        out = resolvent_diag(x['v'], z, causal=op == 'pivots', state=x['g'] if op == 'pivots' else None, **kw)
+    if op == 'mix': out = resolvent_mix(x['v'], x['u'], z, state=(x['g'], x['y']), return_state=True, **kw)[0]
+    elif op == 'solve': out = resolvent_mix(x['v'], x['u'], z, causal=False, **kw)
+    elif op == 'pivots': out = resolvent_diag(x['v'], z, causal=True, state=x['g'], **kw)
+    else: out = resolvent_diag(x['v'], z, **kw)
     y = torch.view_as_real(out)
     t = torch.arange(y.numel(), dtype=torch.float64).view(y.shape).sin().to(y)
-    return [y, *(torch.view_as_real(g) if g.is_complex() else g
-                 for g in torch.autograd.grad((y * t).sum(), list(x.values()), allow_unused=True)
-                 if g is not None)]
+    grads = torch.autograd.grad((y*t).sum(), list(x.values()), allow_unused=True)
+    return [y, *(torch.view_as_real(g) if g.is_complex() else g for g in grads if g is not None)]
 
 def _op_case(op, N, seed=0): # float32 values, so that the reference sees the same numbers
     g = torch.Generator().manual_seed(seed)
     B, C = (2, 5) if N < 2**14 else (1, 2)
     r = lambda *s: torch.randn(*s, generator=g)
     causal = op in ('mix', 'pivots')
-    c = dict(v=r(B, N, C), u=r(B, N, C), E=-2 + r(C), eta=0.1 + 0.9 * torch.rand(C, generator=g),
-             absorb=r(B, N, C).abs(), hop=0.5 + 0.5 * torch.rand(B, N if causal else N - 1, C, generator=g))
+    c = dict(v=r(B, N, C), u=r(B, N, C), E=-2 + r(C), eta=0.1 + 0.9*torch.rand(C, generator=g),
+             absorb=r(B, N, C).abs(), hop=0.5 + 0.5*torch.rand(B, N if causal else N-1, C, generator=g))
     if causal: c.update(g=torch.complex(r(B, C), r(B, C).abs()), y=torch.complex(r(B, C), r(B, C)))
     return c
 
 # %% ../nbs/10_hardware.ipynb #c0125
 def _layer_values(kind, N, dev, seed=0):
-    "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by `02`'s kernel in float64."
+    "Output and gradients of a fused layer by the kernels, float32 on `dev`, and by the CPU's in float64."
     torch.manual_seed(seed)
     B = 2 if N < 2**14 else 1
     m = (BKMixer(4, potential='token', eta_min=0.1) if kind == 'layer'
          else BKAttention(16, 1, eta_min=0.05, eta_max=0.1))
     h, cut = torch.randn(B, N, m.in_proj.out_features), torch.rand(B, N) < 2e-3
     if kind == 'layer':
-        ps, rest = [m.conv.taps, m.absorb_bias, m.spectrum.E, m.spectrum.log_eta.exp(), m.scale,
-                    m.norm.weight], (m.v_max, m.norm.eps, 2, True, True)
+        ps = [m.conv.taps, m.absorb_bias, m.spectrum.E, m.spectrum.log_eta.exp(), m.scale, m.norm.weight]
+        rest = (m.v_max, m.norm.eps, 2, True, True)
         pairs = ((layer_forward, layer_backward), (_cpu_layer, layer_backward_op))
-        past = (None,)
     else:
-        ps, rest, pairs, past = ([m.conv.taps, -0.1 * torch.rand(B, N, 1), m.norm.weight], (m.norm.eps,),
-                                 ((attention_forward, attention_backward),
-                                  (_cpu_attention, attention_backward_op)), (None,))
+        ps, rest = [m.conv.taps, -0.1*torch.rand(B, N, 1), m.norm.weight], (m.norm.eps,)
+        pairs = ((attention_forward, attention_backward), (_cpu_attention, attention_backward_op))
     res = []
     for (fw, bw),to in zip(pairs, (lambda t: t.detach().to(dev), lambda t: t.detach().double())):
         p, x, c = [to(t).contiguous() for t in ps], to(h), cut.to(dev if not res else 'cpu')
@@ -2501,40 +2512,48 @@ def _layer_values(kind, N, dev, seed=0):
         res.append([out, *bw(g, x, c, *p, out, r, kept, *rest)])
     return res
 
-
-def gpu_check(sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
-              emulate:bool=False, # run the kernels as host code instead
-             )->list:     # of dicts: op, N, error
-    "All ops, both layers and all gradients in float32 against float64 on the CPU; prints a line each. `ValueError` without a GPU, unless emulated."
-    if not emulate and not torch.cuda.is_available(): raise ValueError('no GPU here; emulate=True (--emulate) runs the same kernels as host code')
+# %% ../nbs/10_hardware.ipynb #c0125b
+def gpu_check(
+    sizes=(1, 2, 33, 1000, 4097, 2**16, 2**20), # values of N
+    emulate:bool=False, # run the kernels as host code instead
+)->list:                # of dicts: op, N, error
+    "Ops, layers and gradients, float32 against float64 on the CPU. `ValueError` if there is no GPU to check."
+    if not emulate and not torch.cuda.is_available():
+        raise ValueError('no GPU here; emulate=True (--emulate) runs the same kernels as host code')
     dev, backend, rows = ('cpu', 'emulated', []) if emulate else ('cuda', 'cuda', [])
-    print(f"{'emulated on the host' if emulate else torch.cuda.get_device_name()}, float32 against float64, torch {torch.__version__}")
+    where = 'emulated on the host' if emulate else torch.cuda.get_device_name()
+    print(f'{where}, float32 against float64, torch {torch.__version__}')
     for N in sizes:
         for op in ('diag', 'pivots', 'mix', 'solve'):
             c = _op_case(op, N)
-            want = _op_values(op, {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k,
-                                   t in c.items()}, 'cpp')
-            rows.append(dict(op=op, N=N, error=_off_by(_op_values(op, {k: t.to(dev) for k,t in c.items()}, backend), want)))
-        for kind in ('layer', 'attention'): rows.append(dict(op=kind, N=N, error=_off_by(*_layer_values(kind, N, dev))))
+            double = {k: t.to(torch.complex128 if t.is_complex() else torch.float64) for k,t in c.items()}
+            y = _op_values(op, {k: t.to(dev) for k,t in c.items()}, backend)
+            rows.append(dict(op=op, N=N, error=_off_by(y, _op_values(op, double, 'cpp'))))
+        for kind in ('layer', 'attention'):
+            rows.append(dict(op=kind, N=N, error=_off_by(*_layer_values(kind, N, dev))))
         print(f'N = {N:8,}: ' + ', '.join(f"{r['op']} {r['error']:.1e}" for r in rows[-6:]), flush=True)
     return rows
 
 # %% ../nbs/10_hardware.ipynb #c0130
-def capture_step(model:nn.Module,
-                 opt,         # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
-                 x:Tensor, y:Tensor, # (B, N) tokens and targets: fixed memory, fill them before each replay
-                 criterion=None, # (logits (B·N, V), targets (B·N,)) -> loss
-                 dtype=None,  # of autocast, e.g. torch.bfloat16; None: off
-                ):            # (function that takes one step, loss tensor)
+def capture_step(
+    model:nn.Module,
+    opt,            # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
+    x:Tensor,       # (B, N) tokens: fixed memory, fill it before each replay
+    y:Tensor,       # (B, N) next tokens, likewise
+    criterion=None, # (logits (B·N, V), targets (B·N,)) -> loss
+    dtype=None,     # of autocast, e.g. torch.bfloat16; None: off
+):                  # (function that takes one step, loss tensor)
     "Record forward, backward and update in a CUDA graph. `ValueError` for tensors that are not on a GPU."
-    if not x.is_cuda: raise ValueError(f'a CUDA graph wants CUDA tensors; got {x.device}')
+    if not x.is_cuda: raise ValueError(f'a CUDA graph needs CUDA tensors; got {x.device}')
     criterion = criterion or F.cross_entropy
     def step():
         opt.zero_grad(set_to_none=True)
         with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False):
             logits = model(x)
             loss = criterion(logits.flatten(0, 1).float(), y.flatten())
-        loss.backward(); opt.step(); return loss.detach()
+        loss.backward()
+        opt.step()
+        return loss.detach()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -2551,8 +2570,9 @@ def main(argv=None)->int: # exit code
     p = argparse.ArgumentParser(prog='python -m resnet_bk.hardware',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='CUDA kernels of ResNet-BK: are they right on this GPU?',
-        epilog='examples:\n  python -m resnet_bk.hardware check            every op, layer and gradient against '
-               'float64 (minutes)\n  python -m resnet_bk.hardware check --emulate  the same kernels as host code')
+        epilog='examples:\n'
+            '  python -m resnet_bk.hardware check            every op, layer and gradient (minutes)\n'
+            '  python -m resnet_bk.hardware check --emulate  the same kernels as host code')
     p.add_argument('what', choices=('check',))
     p.add_argument('--emulate', action='store_true', help='run the kernels as host code; needs no GPU')
     p.add_argument('--sizes', type=int, nargs='+', metavar='N', help='lengths (default 1 ... 2^20)')
