@@ -2565,7 +2565,7 @@ def capture_step(
     criterion=None, # (logits (B·N, V), targets (B·N,)) -> loss
     dtype=None,     # of autocast, e.g. torch.bfloat16; None: off
 ):                  # (function that takes one step, loss tensor)
-    "Record forward, backward and update in a CUDA graph. `ValueError` for tensors that are not on a GPU."
+    "Record forward, backward and update in a CUDA graph, after three real updates on `x`, `y` to warm up."
     if not x.is_cuda: raise ValueError(f'a CUDA graph needs CUDA tensors; got {x.device}')
     criterion = criterion or F.cross_entropy
     def step():

@@ -17,7 +17,10 @@ def test_nvcc(name, symbol, tmp_path):
 def test_nvcc_says_what_is_wrong(tmp_path):
     with pytest.raises(RuntimeError, match='nvcc.*error'): hardware.compile_cuda('int f( {', tmp_path/'k.so', ((9, 0),))
 
-SMOKE = '#include <cstdint>\n__global__ void k(float* p) { p[threadIdx.x] += 1; }\nextern "C" int f(float* p) { k<<<1, 32>>>(p); return (int)cudaGetLastError(); }'
+SMOKE = '''
+__global__ void k(float* p) { p[threadIdx.x] += 1; }
+extern "C" int f(float* p) { k<<<1, 32>>>(p); return (int)cudaGetLastError(); }
+'''
 
 @pytest.mark.skipif(hardware._nvcc_of_wheels() is None, reason='the wheels of the extra cuda are not installed')
 def test_nvcc_of_wheels(tmp_path, monkeypatch):
