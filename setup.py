@@ -24,7 +24,7 @@ setup(
     package_data={cfg["lib_path"]: ["py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "cuda": cfg["cuda_requirements"].split()},
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "resnet_bk.kernels": [line.strip() for line in cfg["kernels"].splitlines() if line.strip()],

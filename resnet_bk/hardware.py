@@ -12,7 +12,7 @@ __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 
            'capture_step', 'main']
 
 # %% ../nbs/10_hardware.ipynb #c0004
-import ctypes, hashlib, math, os, re, shutil, subprocess, sys, tempfile, time, warnings, torch
+import ctypes, hashlib, importlib.util, math, os, re, shutil, subprocess, sys, tempfile, time, warnings, torch
 from contextlib import nullcontext
 from pathlib import Path
 from torch import nn, Tensor
@@ -87,7 +87,21 @@ template <class K> int launch_blocks(const K& k, I blocks, int threads, void* st
   block_kernel<<<(unsigned)blocks, threads, room, (cudaStream_t)stream>>>(k);
   return (int)cudaGetLastError();
 }
-extern "C" int bk_device(const I* a) { return (int)cudaSetDevice((int)a[0]); }
+__global__ void smoke_kernel() {}
+// One empty launch: does this driver run this binary on that device? The current device stays as it was.
+extern "C" int bk_device(const I* a) {
+  int before = 0;
+  cudaError_t e = cudaGetDevice(&before);
+  if (e) return (int)e;
+  e = cudaSetDevice((int)a[0]);
+  if (!e) {
+    smoke_kernel<<<1, 1>>>();
+    e = cudaGetLastError();
+  }
+  if (!e) e = cudaDeviceSynchronize();
+  cudaSetDevice(before);
+  return (int)e;
+}
 extern "C" const char* bk_error(int e) { return cudaGetErrorString((cudaError_t)e); }
 ''')
 
@@ -885,15 +899,23 @@ PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) P
 ''')
 
 # %% ../nbs/10_hardware.ipynb #c0036
+def _nvcc_of_wheels(): # nvcc as the extra `cuda` installs it: nvidia/cu13/bin/nvcc beside torch
+    spec = importlib.util.find_spec('nvidia')
+    found = [n for p in (spec.submodule_search_locations if spec else ()) for n in Path(p).glob('cu*/bin/nvcc')]
+    return str(max(found)) if found else None
+
 def find_nvcc()->str: # a path, or None
-    "The CUDA compiler: of `$CUDA_HOME`, or on the PATH."
+    "The CUDA compiler: of `$CUDA_HOME`, on the PATH, or of the wheels of `pip install resnet_bk[cuda]`."
     from torch.utils.cpp_extension import CUDA_HOME
     home = Path(CUDA_HOME)/'bin'/'nvcc' if CUDA_HOME else None
-    return str(home) if home and home.exists() else shutil.which('nvcc')
+    return str(home) if home and home.exists() else shutil.which('nvcc') or _nvcc_of_wheels()
 
 def nvcc_flags(archs)->list: # [(9, 0), ...] -> flags
     "Flags of `nvcc`: code for each architecture; no fast math, whose reciprocals lose two digits."
     gen = [f'-gencode=arch=compute_{a}{b},code=sm_{a}{b}' for a,b in archs]
+    if archs:    # and portable code of the newest, which a driver translates for a newer GPU
+        a,b = max(archs)
+        gen.append(f'-gencode=arch=compute_{a}{b},code=compute_{a}{b}')
     return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', *gen]
 
 def compile_cuda(
@@ -2543,7 +2565,7 @@ def capture_step(
     criterion=None, # (logits (B·N, V), targets (B·N,)) -> loss
     dtype=None,     # of autocast, e.g. torch.bfloat16; None: off
 ):                  # (function that takes one step, loss tensor)
-    "Record forward, backward and update in a CUDA graph. `ValueError` for tensors that are not on a GPU."
+    "Record forward, backward and update in a CUDA graph, after three real updates on `x`, `y` to warm up."
     if not x.is_cuda: raise ValueError(f'a CUDA graph needs CUDA tensors; got {x.device}')
     criterion = criterion or F.cross_entropy
     def step():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['HOOKS', 'lm_loss', 'lr_at', 'param_groups', 'TrainingMetrics', 'read_metrics', 'Callback', 'CancelStep', 'CancelFit',
-           'Learner', 'Evaluator', 'peak_memory_mb', 'Recorder', 'Progress', 'LivePlot', 'Timing', 'MoEBalance',
-           'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint', 'check_checkpoint',
-           'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module', 'NumericalStabilityMonitor']
+           'Learner', 'by_default', 'Evaluator', 'peak_memory_mb', 'Recorder', 'Progress', 'LivePlot', 'Timing',
+           'MoEBalance', 'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint',
+           'check_checkpoint', 'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module',
+           'NumericalStabilityMonitor']
 
 # %% ../nbs/05_learner.ipynb #c0005
 import atexit, copy, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time, weakref
@@ -554,6 +555,12 @@ def evaluate(self:Learner, batches:int=None, # how many validation batches; None
     return self.valid
 
 # %% ../nbs/05_learner.ipynb #c0100
+def by_default(cls): # a callback class every learner gets; one of the same name is replaced
+    names = [c.__name__ for c in Learner.defaults]
+    if cls.__name__ in names: Learner.defaults[names.index(cls.__name__)] = cls
+    else: Learner.defaults.append(cls)
+    return cls
+
 class Evaluator(Callback):
     "Evaluates every `eval_every` steps and at the end; keeps the `best` validation loss"
     order = -20
@@ -564,7 +571,7 @@ class Evaluator(Callback):
         l.valid_step, l.best = l.step, min(l.best, l.valid['nats'])
         l.log(accuracy=l.valid_accuracy, **{f'valid_{k}': v for k,
                                             v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
-Learner.defaults.append(Evaluator)
+by_default(Evaluator)
 
 # %% ../nbs/05_learner.ipynb #c0103
 def peak_memory_mb(device=None)->float: # None where the platform does not tell
@@ -596,7 +603,7 @@ class Recorder(Callback):
 
     def state_dict(self): return dict(window=self.window)
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
-Learner.defaults.append(Recorder)
+by_default(Recorder)
 
 # %% ../nbs/05_learner.ipynb #c0106
 @patch
@@ -681,7 +688,7 @@ class Progress(Callback):
                 + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
 
 # %% ../nbs/05_learner.ipynb #c0120
-Learner.defaults.append(Progress)
+by_default(Progress)
 
 # %% ../nbs/05_learner.ipynb #c0124
 @patch
@@ -1035,7 +1042,7 @@ def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a pa
     "Whether every number in the model is finite"
     return bool(torch.stack([torch.isfinite(t).all() for t in model.state_dict().values()]
                             or [torch.tensor(True)]).all())
-Learner.defaults.append(Checkpointer)
+by_default(Checkpointer)
 
 # %% ../nbs/05_learner.ipynb #c0196
 def _tensors(o):

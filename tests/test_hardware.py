@@ -17,6 +17,23 @@ def test_nvcc(name, symbol, tmp_path):
 def test_nvcc_says_what_is_wrong(tmp_path):
     with pytest.raises(RuntimeError, match='nvcc.*error'): hardware.compile_cuda('int f( {', tmp_path/'k.so', ((9, 0),))
 
+SMOKE = '''
+__global__ void k(float* p) { p[threadIdx.x] += 1; }
+extern "C" int f(float* p) { k<<<1, 32>>>(p); return (int)cudaGetLastError(); }
+'''
+
+@pytest.mark.skipif(hardware._nvcc_of_wheels() is None, reason='the wheels of the extra cuda are not installed')
+def test_nvcc_of_wheels(tmp_path, monkeypatch):
+    "The wheels alone compile: neither CUDA_HOME nor the PATH holds an nvcc."
+    import os
+    path = [p for p in os.environ['PATH'].split(':') if not os.path.exists(f'{p}/nvcc')]
+    monkeypatch.setenv('PATH', ':'.join(path))
+    monkeypatch.delenv('CUDA_HOME', raising=False)
+    monkeypatch.setattr('torch.utils.cpp_extension.CUDA_HOME', None)
+    assert hardware.find_nvcc() == hardware._nvcc_of_wheels()
+    hardware.compile_cuda(SMOKE, tmp_path/'k.so', ((9, 0),))
+    assert hasattr(ctypes.CDLL(str(tmp_path/'k.so')), 'f')
+
 def test_check_command():
     r = subprocess.run([sys.executable, '-m', 'resnet_bk.hardware', 'check', '--emulate', '--sizes', '5', '100'], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
