@@ -557,6 +557,11 @@ CPP_LAYER += Cpp(r'''
     std::vector<V> y;
     std::vector<T> all;
   };
+''')
+
+# %% ../nbs/02b_fused_layers.ipynb #c0ffee15
+#| echo: false
+CPP_LAYER += Cpp(r'''
   struct Mine {  // a thread's parts: every step-th
     Part* p;
     I count, step;
@@ -652,6 +657,11 @@ CPP_LAYER += Cpp(r'''
       m.part[i].y = m.y.data() + i * tokens * most * 2;
     }
   }
+''')
+
+# %% ../nbs/02b_fused_layers.ipynb #c0ffeea4
+#| echo: false
+CPP_LAYER += Cpp(r'''
   template <class F> void share(Memory& memory, const F& body) const {
     const I tiles = (s.C + W - 1) / W, P = parts(), tasks = s.B * P;
 #pragma omp parallel num_threads((int)std::min<I>(s.threads, tasks))
@@ -1053,6 +1063,11 @@ template <class T, class M> int layer(const I* a, bool back) {
   back ? l.backward() : l.forward();
   return 0;
 }
+''')
+
+# %% ../nbs/02b_fused_layers.ipynb #c0ffee59
+#| echo: false
+CPP_LAYER_ENTRY += Cpp(r'''
 extern "C" int bk_layer(const I* a) {
   return guarded([&] { return layer<REAL, DATA>(a, false); });
 }
@@ -1084,7 +1099,8 @@ class _LayerCall(Call):
     "A call of a layer's kernel on h of a type that has a library."
     def __init__(self, h):
         super().__init__('cpu')
-        if h.dtype not in _KINDS: raise ValueError(f'h: want one of {", ".join(map(str, _KINDS))}; got {h.dtype}')
+        if h.dtype not in _KINDS:
+            raise ValueError(f'h: want one of {", ".join(map(str, _KINDS))}; got {h.dtype}')
         self.data, self.real = h.dtype, _real(h.dtype)
     def must(self, name, t, dtype, *shape): # dense, and not None
         if t is None: raise ValueError(f'{name} is missing')
@@ -1092,7 +1108,7 @@ class _LayerCall(Call):
     def may(self, name, t, dtype, *shape): return self.dense(name, t, dtype, shape)
 
 # %% ../nbs/02b_fused_layers.ipynb #2b9634ac
-def _kept(h, scale): # memory for the states at the blocks of tokens; the kernels of `10` keep theirs in double
+def _kept(h, scale): # memory for the states at the blocks of tokens; those of `10` are double
     (B,N,_), C, cpu = h.shape, scale.shape[0], h.device.type == 'cpu'
     rows = 32 if scale.dtype == torch.float64 or not cpu else 16
     n = (N + rows - 1)//rows
@@ -1108,7 +1124,8 @@ def _enter_layer(name, h, ps, nums, cut=None, past=None, g0=None, end=None, out=
     if F_ != (n_in + 1)*C: raise ValueError(f'h: want {(n_in + 1)*C} columns; got {F_}')
     c = _LayerCall(h)
     f, d = c.real, c.data
-    c.ints(B, N, C, F_, n_in, features, act, torch.get_num_threads(), bias is not None, has_v).floats(v_max, eps)
+    c.ints(B, N, C, F_, n_in, features, act, torch.get_num_threads(), bias is not None, has_v)
+    c.floats(v_max, eps)
     c.rows('h', h, d, (B, N, F_)).may('past', past, d, B, 3, n_in*C).may('cut', cut, torch.bool, B, N)
     c.must('taps', taps, f, 4, n_in*C).may('bias', bias, f, C).must('E', E, f, C).must('eta', eta, f, C)
     c.must('scale', scale, f, C).must('weight', weight, f, features*C).must('out', out, d, B, N, features*C)
@@ -1148,7 +1165,7 @@ def _layer_backward(g, h, cut, ps, nums, out, r, kept):
 @torch.library.custom_op('resnet_bk::layer', mutates_args=(), device_types='cpu')
 def layer_op(h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor, weight:Tensor,
              v_max:float, eps:float, features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor, Tensor]:
-    "Everything between the two projections of `BKMixer`: (B, N, features·C), and what the backward pass keeps."
+    "Everything between the projections of `BKMixer`: (B, N, features·C), and what the backward pass keeps."
     return _layer(h, cut, (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_v))[:3]
 
 @layer_op.register_fake
@@ -1157,9 +1174,9 @@ def _(h, cut, taps, bias, E, eta, scale, weight, v_max, eps, features, act, has_
     return h.new_empty(B, N, features*C), h.new_empty(B, N, dtype=scale.dtype), _kept(h, scale)
 
 @torch.library.custom_op('resnet_bk::layer_backward', mutates_args=(), device_types='cpu')
-def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor, scale:Tensor,
-                      weight:Tensor, out:Tensor, r:Tensor, kept:Tensor, v_max:float, eps:float, features:int,
-                      act:bool, has_v:bool) -> Tuple[Tensor, Tensor]:
+def layer_backward_op(g:Tensor, h:Tensor, cut:OptT, taps:Tensor, bias:OptT, E:Tensor, eta:Tensor,
+                      scale:Tensor, weight:Tensor, out:Tensor, r:Tensor, kept:Tensor, v_max:float, eps:float,
+                      features:int, act:bool, has_v:bool) -> Tuple[Tensor, Tensor]:
     "Adjoint of `layer`: the gradient of h; in one row those of taps, bias, scale, E, eta, weight."
     ps, nums = (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_v)
     return _layer_backward(g, h, cut, ps, nums, out, r, kept)
@@ -1243,7 +1260,7 @@ def _taps(conv, n, like, t): # (4, n) in type t; no convolution: 1, 0, 0, 0
     return (F.pad(like.new_ones(1, n), (0, 0, 0, 3)) if conv is None else conv.taps).to(t).contiguous()
 
 def layer_params(m:BKMixer, t): # of the data h
-    "What the kernel needs besides h: [taps, bias, E, log η, scale, weight], (v_max, eps, features, act, has_v)."
+    "What the kernel needs besides h: [taps, bias, E, log η, scale, weight], (v_max, eps, features, …)."
     f = _real(t)
     ps = m.absorb_bias if m.absorb else None, m.spectrum.E, m.spectrum.log_eta, m.scale, m.norm.weight
     ps = [p if p is None else p.to(f).contiguous() for p in ps]
@@ -1257,7 +1274,8 @@ def _untouched(kinds): # [(module, its class)]
             _module._global_backward_pre_hooks)): return False
     for m,kind in kinds:
         if type(m) is not kind or 'forward' in m.__dict__: return False
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks: return False
+        hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+        if any(hooks): return False
     return True
 
 def _as_built(layer, *linears):
@@ -1276,7 +1294,7 @@ def _plainly(layer, x, state, cut, ps): # eager: nothing watches, one type, no g
     ts = [x, cut, *states, *ps]
     return unwatched(*ts) and not _watching() and all(p is None or p.dtype == ps[0].dtype for p in ps)
 
-def _needs_grad(x, ps): return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in ps))
+def _needs_grad(x, ps): return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *ps))
 def _layer_built(t): return LAYER[t].load() is not None
 _layer_built._dynamo_marked_constant = True             # a compiler asks once
 
@@ -2192,7 +2210,8 @@ def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, 
     if F_ < 4*D: raise ValueError(f'h: want at least {4*D} columns; got {F_}')
     c = _LayerCall(h)
     f, d = c.real, c.data
-    if d_head % (8 if f == torch.float64 else 16): raise ValueError(f'heads of {d_head} do not fill vectors of {f}')
+    if d_head % (8 if f == torch.float64 else 16):
+        raise ValueError(f'heads of {d_head} do not fill vectors of {f}')
     c.ints(B, N, H, d_head, F_, torch.get_num_threads()).floats(eps).rows('h', h, d, (B, N, F_))
     c.may('past', past, d, B, 3, 3*D).may('cut', cut, torch.bool, B, N).must('taps', taps, f, 4, 3*D)
     c.must('log_g', log_g, f, B, N, H).must('weight', weight, f, d_head).must('out', out, d, B, N, D)
@@ -2217,7 +2236,7 @@ def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True):
     return out, r, kept, end
 
 def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
-    "Gradients of h and log_g, and those of taps and weight in one row. Columns behind the gate are not written."
+    "Gradients of h and log_g; of taps and weight in one row. Columns behind the gate are not written."
     h, (g, cut, taps, log_g, weight) = _by_rows(h), _tidy(g, cut, taps, log_g, weight)
     dh, dg = _new(h.dtype, *h.shape), _new(log_g.dtype, *log_g.shape)
     grads = _new(taps.dtype, taps.numel() + len(weight))
@@ -2275,7 +2294,7 @@ def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, d
     need('grads', grads, f, 3, H)
     c.enter(ATTENTION[c.data], name)
 
-def _decays(h, col, cut, bias, E, eta, g0=None): # the chains' log|g| and g, their absorption in columns col .. of h
+def _decays(h, col, cut, bias, E, eta, g0=None): # the chains' log|g| and g; h[...,col:] is their absorption
     h, (cut,) = _by_rows(h), _tidy(cut)
     log_g, g = _new(bias.dtype, *h.shape[:2], len(bias)), _new(bias.dtype, *h.shape[:2], len(bias), 2)
     _enter_decays('bk_decays', h, col, cut, bias, E, eta, log_g, g, g0)
@@ -2292,7 +2311,8 @@ class _AttentionKernel:
         D, H, eta, n = taps.shape[1]//3, len(bias), log_eta.exp(), taps.numel()
         dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps)
         s = torch.zeros(3, H, dtype=bias.dtype, device='cpu')
-        _enter_decays('bk_decays_backward', _by_rows(h), 4*D, *_tidy(cut), bias, E, eta, log_g, g, None, dg, dh, s)
+        h, (cut,) = _by_rows(h), _tidy(cut)
+        _enter_decays('bk_decays_backward', h, 4*D, cut, bias, E, eta, log_g, g, None, dg, dh, s)
         dh[...,4*D+H:] = 0
         return dh, None, None, ds[:n].view_as(taps), s[0], s[1], s[2]*eta, ds[n:].clone()
 
