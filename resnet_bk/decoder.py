@@ -68,7 +68,7 @@ class _Slot:
         return (torch.view_as_complex(v) if self.is_complex else v).reshape(B, *self.shape)
 
     def set(self, buf, B, x):
-        check_tensor('state', x, None, (B, *self.shape))
+        check_tensor('state', x, None, (B, *self.shape), torch.device('cpu'))
         if not (x.is_complex() if self.is_complex else x.is_floating_point()):
             raise ValueError(f'state: want {"complex" if self.is_complex else "real"} numbers; got {x.dtype}')
         v = self.view(buf, B)

@@ -2098,7 +2098,7 @@ void sweep_back() const {
       for (I k = chunks() - 1; k >= 0; k--) {
         const I t0 = k * Q, n = std::min<I>(Q, N - t0);
         const bool have = k > 0, later = k < chunks() - 1;
-        const T* S = state(task, k);
+        const T* S = have ? state(task, k) : nullptr;
         const M* soon = k ? at(task, t0 - Q) : at(task + 1, (chunks() - 1) * Q);
         load<true>(o, b, hd, t0, n, soon);
         chunk(o, n, S, have);
