@@ -174,12 +174,16 @@ def _checked(name, x, eta, w, hop): # compiled kernels look while they compute; 
         if any(t is not None and (t < 0).any() for t in (w, hop)): _raise(1, eta, w, hop)
     return B
 
-def _lanes(t): # as kernels read it: channels neighbours in memory, nothing lazy
+def _plain(t): # nothing lazy; of a subclass that only labels its numbers, the numbers
+    same = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return (t.as_subclass(Tensor) if same else t).resolve_conj().resolve_neg()
+
+def _lanes(t): # as kernels read it: channels neighbours in memory
     if t is None: return t
-    t = t.resolve_conj().resolve_neg()
+    t = _plain(t)
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
-def _dense(t): return t if t is None else t.resolve_conj().resolve_neg().contiguous()
+def _dense(t): return t if t is None else _plain(t).contiguous()
 def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is None else x.contiguous()
 def _cont(*ts): return [_lanes(t) for t in ts]
 
@@ -398,7 +402,7 @@ def _is_real(t): return torch.is_tensor(t) and t.is_floating_point() and t.layou
 
 def _number(name, x, kind): # a Python or numpy number
     try: return kind(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f'{name} must be a number or a tensor; got {x!r}') from None
 
 def _spectrum(z, C, dt, dev): # E and η, one per channel
@@ -412,6 +416,7 @@ def _spectrum(z, C, dt, dev): # E and η, one per channel
     if z.device != dev: _refuse('z', f'on {dev}, as the other tensors', z)
     return z.real.to(dt).expand(C), z.imag.to(dt).expand(C)
 
+# %% ../nbs/01_bk_core.ipynb #93359fde
 def _hop(hop, shape, dt, dev, state): # (B, N-1, C), with the bond to a state (B, N, C), or None
     (B,N,C), n = shape, max(shape[1]-1, 0)
     if hop is None: return None
