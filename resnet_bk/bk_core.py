@@ -167,9 +167,10 @@ def _raise(bad, eta, w, hop): # bad: 2 = a width, 1 = absorb or hop
         if t is not None and t.numel() and t.min() < 0:
             raise ValueError(f'{name} must be ≥ 0 everywhere; its smallest entry is {t.min().item():.3g}')
 
-def _checked(name, x, eta, w, hop): # compiled kernels look while they compute; the reference looks here
+# compiled kernels look while they compute; the reference, and where there is nothing to compute, here
+def _checked(name, x, eta, w, hop, shape):
     B = _backend(name, x)
-    if B is Reference:
+    if B is Reference or 0 in shape:
         if not (eta > 0).all(): _raise(2, eta, w, hop)
         if any(t is not None and (t < 0).any() for t in (w, hop)): _raise(1, eta, w, hop)
     return B
@@ -193,7 +194,7 @@ OptT = Optional[Tensor]
 # %% ../nbs/01_bk_core.ipynb #c0080
 def _scan(v, w, u, E, eta, hop, g0, y0, backend):
     shape = list(next(t for t in (v, w, u) if t is not None).shape)
-    B = _checked(backend, E, eta, w, hop)
+    B = _checked(backend, E, eta, w, hop, shape)
     return B.scan(*_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), _dense(g0), _dense(y0), shape)
 
 @torch.library.custom_op('resnet_bk::scan', mutates_args=())
@@ -266,7 +267,8 @@ torch.library.register_autograd('resnet_bk::scan', _scan_autograd, setup_context
 
 # %% ../nbs/01_bk_core.ipynb #c0083
 def _diag(v, w, E, eta, hop, backend, keep=True):
-    B, shape = _checked(backend, E, eta, w, hop), list((v if v is not None else w).shape)
+    shape = list((v if v is not None else w).shape)
+    B = _checked(backend, E, eta, w, hop, shape)
     return B.diag(*_cont(v, w), _dense(E), _dense(eta), _lanes(hop), shape, keep)
 
 @torch.library.custom_op('resnet_bk::diag', mutates_args=())
@@ -315,7 +317,7 @@ torch.library.register_autograd('resnet_bk::diag', _diag_autograd, setup_context
 
 # %% ../nbs/01_bk_core.ipynb #c0085
 def _solve(v, w, u, E, eta, hop, backend):
-    B = _checked(backend, E, eta, w, hop)
+    B = _checked(backend, E, eta, w, hop, u.shape)
     return B.solve(*_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), list(u.shape))
 
 @torch.library.custom_op('resnet_bk::solve', mutates_args=())
