@@ -35,7 +35,7 @@ class Case:
         if not self.faults or not self.some(25): return False
         self.faults -= 1
         return self.note(what)
-    def randn(self, *shape, dtype=torch.float64): return torch.randn(*shape, generator=self.torch, dtype=dtype, device='cpu')
+    def randn(self, *shape, dtype=torch.float64): return torch.randn(shape, generator=self.torch, dtype=dtype, device='cpu')
 
     def modes(self):
         self.dtype = self.pick(torch.float32, torch.float32, torch.float64)
