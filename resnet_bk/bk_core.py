@@ -167,19 +167,24 @@ def _raise(bad, eta, w, hop): # bad: 2 = a width, 1 = absorb or hop
         if t is not None and t.numel() and t.min() < 0:
             raise ValueError(f'{name} must be ≥ 0 everywhere; its smallest entry is {t.min().item():.3g}')
 
-def _checked(name, x, eta, w, hop): # compiled kernels look while they compute; the reference looks here
+# compiled kernels look while they compute; the reference, and where there is nothing to compute, here
+def _checked(name, x, eta, w, hop, shape):
     B = _backend(name, x)
-    if B is Reference:
+    if B is Reference or 0 in shape:
         if not (eta > 0).all(): _raise(2, eta, w, hop)
         if any(t is not None and (t < 0).any() for t in (w, hop)): _raise(1, eta, w, hop)
     return B
 
-def _lanes(t): # as kernels read it: channels neighbours in memory, nothing lazy
+def _plain(t): # nothing lazy; of a subclass that only labels its numbers, the numbers
+    same = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return (t.as_subclass(Tensor) if same else t).resolve_conj().resolve_neg()
+
+def _lanes(t): # as kernels read it: channels neighbours in memory
     if t is None: return t
-    t = t.resolve_conj().resolve_neg()
+    t = _plain(t)
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
-def _dense(t): return t if t is None else t.resolve_conj().resolve_neg().contiguous()
+def _dense(t): return t if t is None else _plain(t).contiguous()
 def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is None else x.contiguous()
 def _cont(*ts): return [_lanes(t) for t in ts]
 
@@ -189,7 +194,7 @@ OptT = Optional[Tensor]
 # %% ../nbs/01_bk_core.ipynb #c0080
 def _scan(v, w, u, E, eta, hop, g0, y0, backend):
     shape = list(next(t for t in (v, w, u) if t is not None).shape)
-    B = _checked(backend, E, eta, w, hop)
+    B = _checked(backend, E, eta, w, hop, shape)
     return B.scan(*_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), _dense(g0), _dense(y0), shape)
 
 @torch.library.custom_op('resnet_bk::scan', mutates_args=())
@@ -262,7 +267,8 @@ torch.library.register_autograd('resnet_bk::scan', _scan_autograd, setup_context
 
 # %% ../nbs/01_bk_core.ipynb #c0083
 def _diag(v, w, E, eta, hop, backend, keep=True):
-    B, shape = _checked(backend, E, eta, w, hop), list((v if v is not None else w).shape)
+    shape = list((v if v is not None else w).shape)
+    B = _checked(backend, E, eta, w, hop, shape)
     return B.diag(*_cont(v, w), _dense(E), _dense(eta), _lanes(hop), shape, keep)
 
 @torch.library.custom_op('resnet_bk::diag', mutates_args=())
@@ -311,7 +317,7 @@ torch.library.register_autograd('resnet_bk::diag', _diag_autograd, setup_context
 
 # %% ../nbs/01_bk_core.ipynb #c0085
 def _solve(v, w, u, E, eta, hop, backend):
-    B = _checked(backend, E, eta, w, hop)
+    B = _checked(backend, E, eta, w, hop, u.shape)
     return B.solve(*_cont(v, w, u), _dense(E), _dense(eta), _lanes(hop), list(u.shape))
 
 @torch.library.custom_op('resnet_bk::solve', mutates_args=())
@@ -398,7 +404,7 @@ def _is_real(t): return torch.is_tensor(t) and t.is_floating_point() and t.layou
 
 def _number(name, x, kind): # a Python or numpy number
     try: return kind(x)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f'{name} must be a number or a tensor; got {x!r}') from None
 
 def _spectrum(z, C, dt, dev): # E and η, one per channel
@@ -412,6 +418,7 @@ def _spectrum(z, C, dt, dev): # E and η, one per channel
     if z.device != dev: _refuse('z', f'on {dev}, as the other tensors', z)
     return z.real.to(dt).expand(C), z.imag.to(dt).expand(C)
 
+# %% ../nbs/01_bk_core.ipynb #93359fde
 def _hop(hop, shape, dt, dev, state): # (B, N-1, C), with the bond to a state (B, N, C), or None
     (B,N,C), n = shape, max(shape[1]-1, 0)
     if hop is None: return None
