@@ -17,8 +17,8 @@ from .bk_core import resolvent_diag, resolvent_mix
 # %% ../nbs/02_mixers.ipynb #c0007
 def _cast(x): # the type in which matrix products on `x` run; autocast leaves float64 alone
     dev = x.device.type
-    casts = x.dtype != torch.float64 and torch.amp.is_autocast_available(dev) and torch.is_autocast_enabled(dev)
-    return torch.get_autocast_dtype(dev) if casts else x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(dev): return x.dtype
+    return torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
 
 def _check_part(name, t, shape, complex, x):
     if t is None and shape is None: return
@@ -36,8 +36,10 @@ def _check(layer, x, state, cut):
                          f'{f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__}')
     w = getattr(layer.in_proj, 'weight', None)
     if isinstance(w, Tensor) and w.is_floating_point():
-        if w.device != x.device: raise ValueError(f'x: want it on {w.device} like the weights; got {x.device}')
-        if _cast(x) != _cast(w): raise ValueError(f'x: want {w.dtype} like the weights (or autocast); got {x.dtype}')
+        if w.device != x.device:
+            raise ValueError(f'x: want it on {w.device} like the weights; got {x.device}')
+        if _cast(x) != _cast(w):
+            raise ValueError(f'x: want {w.dtype} like the weights (or autocast); got {x.dtype}')
     if cut is not None and not (isinstance(cut, Tensor) and cut.dtype == torch.bool
                                 and cut.shape == x.shape[:2] and cut.device == x.device):
         is_t = isinstance(cut, Tensor)
@@ -315,7 +317,8 @@ def _check_attention(q, k, v, g_abs, hop, state):
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.device != q.device:
             got = f'{t.dtype} on {t.device}' if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f'{name}: want a floating tensor on one device with the others; got {got}')
-    if not q.ndim == v.ndim == 4: raise ValueError(f'want q and v (B, N, H, d); got {tuple(q.shape)}, {tuple(v.shape)}')
+    if not q.ndim == v.ndim == 4:
+        raise ValueError(f'want q and v (B, N, H, d); got {tuple(q.shape)}, {tuple(v.shape)}')
     if hop is not None and hop.ndim != 3: raise ValueError(f'hop must be (B, N-1, H); got {tuple(hop.shape)}')
     (B,N,H,dk), dv, first = q.shape, v.shape[-1], max(q.shape[1]-1, 0)
     if k.shape != q.shape or v.shape[:3] != q.shape[:3] or g_abs.shape != (B,N,H):
