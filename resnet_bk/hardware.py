@@ -901,7 +901,8 @@ PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) P
 # %% ../nbs/10_hardware.ipynb #c0036
 def _nvcc_of_wheels(): # nvcc as the extra `cuda` installs it: nvidia/cu13/bin/nvcc beside torch
     spec = importlib.util.find_spec('nvidia')
-    found = [n for p in (spec.submodule_search_locations if spec else ()) for n in Path(p).glob('cu*/bin/nvcc')]
+    folders = spec.submodule_search_locations if spec else ()
+    found = [n for p in folders for n in Path(p).glob('cu*/bin/nvcc')]
     return str(max(found)) if found else None
 
 def find_nvcc()->str: # a path, or None

@@ -6,7 +6,7 @@
 __all__ = ['CPP_COMPLEX', 'CPP_LANES', 'Cpp', 'extra_flags', 'find_compiler', 'cache_folder', 'BuildError', 'CppLibrary', 'ready',
            'check_tensor', 'Call', 'unwatched', 'register_kernel', 'find_kernel', 'keep_memory', 'time_together']
 
-# %% ../nbs/00b_native.ipynb #b9a96442
+# %% ../nbs/00b_native.ipynb #e6d81e96
 import atexit, ctypes, hashlib, json, os, platform, re, shlex, shutil, stat, subprocess, sys
 import tempfile, threading, time, warnings
 from functools import lru_cache
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm.auto import tqdm
 
-# %% ../nbs/00b_native.ipynb #ae06af51
+# %% ../nbs/00b_native.ipynb #23e9b291
 class Cpp(str):
     "C++ source. `+` joins pieces; a notebook and the site show the last piece highlighted."
     def __new__(cls, text, last=None):
@@ -29,7 +29,7 @@ class Cpp(str):
     def __repr__(self): return f'<C++, {len(self.splitlines())} lines>'
     def _repr_markdown_(self): return f'```cpp\n{self.last.strip()}\n```'
 
-# %% ../nbs/00b_native.ipynb #dcfbe1ac
+# %% ../nbs/00b_native.ipynb #8f33b51a
 _FLAGS = ['-O3', '-std=c++17', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
           '-ffp-contract=fast']
 _NATIVE = '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native'
@@ -49,7 +49,7 @@ def find_compiler()->str: # a command, or None
     given = os.environ.get('CXX')
     return next((c for c in ([given] if given else ['c++', 'g++', 'clang++']) if _version(c)), None)
 
-# %% ../nbs/00b_native.ipynb #7fc50f09
+# %% ../nbs/00b_native.ipynb #0f582dd0
 @lru_cache
 def _cpu_key():
     "What decides which instructions this CPU runs."
@@ -73,7 +73,7 @@ def _usable(cxx, folder)->list: # flags
     openmp, native = _links_openmp(cxx, folder), _compiles(cxx, [_NATIVE], folder)
     return [*_FLAGS, *(['-fopenmp'] if openmp else []), *([_NATIVE] if native else []), *extra_flags()]
 
-# %% ../nbs/00b_native.ipynb #83f1aacb
+# %% ../nbs/00b_native.ipynb #13121eac
 def _others_may_write(folder)->str: # why, or ''
     "Whether someone else could put a file here, by owner and mode of the folder and of those above it."
     if os.name == 'nt': return ''
@@ -94,7 +94,7 @@ def _own_folder(why)->Path:
                       'Set TORCH_EXTENSIONS_DIR to a folder of yours.')
     return _temporary[os.getpid()]
 
-# %% ../nbs/00b_native.ipynb #68bc39a3
+# %% ../nbs/00b_native.ipynb #9e5111f3
 def cache_folder()->Path:
     "Where libraries are kept: `$TORCH_EXTENSIONS_DIR`, else in `$XDG_CACHE_HOME` or `~/.cache`."
     if os.getpid() in _temporary: return _temporary[os.getpid()]
@@ -110,7 +110,7 @@ def cache_folder()->Path:
     except OSError as e: why = f'{folder}: {e.strerror}'
     return _own_folder(why) if why else folder
 
-# %% ../nbs/00b_native.ipynb #52681ca2
+# %% ../nbs/00b_native.ipynb #674d8864
 _BUILDER = r'''
 import inspect, json, os, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +132,7 @@ def build(job):
 with ThreadPoolExecutor(jobs['side_by_side']) as pool: list(pool.map(build, jobs['libraries']))
 '''
 
+# %% ../nbs/00b_native.ipynb #a612d133
 class BuildError(RuntimeError):
     "A kernel could not be compiled; the message is the first error or what is missing."
 
@@ -152,7 +153,7 @@ typedef float V __attribute__((vector_size(16))); typedef int32_t U __attribute_
 V f(U u, V v) { return v < 0 ? __builtin_convertvector(u, V) : v; }
 '''
 
-# %% ../nbs/00b_native.ipynb #9c489e4d
+# %% ../nbs/00b_native.ipynb #3bbbb7c1
 def _run_builder(jobs, env, folder, quiet=False):
     "Compile `jobs` (arguments of `load_inline`) side by side in a child process; a bar on standard error."
     spec = Path(folder)/'jobs.json'
@@ -171,7 +172,7 @@ def _run_builder(jobs, env, folder, quiet=False):
         said.seek(0)
         return said.read()
 
-# %% ../nbs/00b_native.ipynb #49ba19c8
+# %% ../nbs/00b_native.ipynb #2a3fbe3b
 class CppLibrary:
     "Plain C++ compiled at the first `load`, kept in a cache, entered through `Call`."
     kind = 'CPU kernel'
@@ -206,7 +207,7 @@ class CppLibrary:
         if self._lib is ...: ready(self)
         return self._lib
 
-# %% ../nbs/00b_native.ipynb #e0e08b67
+# %% ../nbs/00b_native.ipynb #aec14dd1
 def _checksum(path): return path.with_suffix('.sha256')
 def _whole(path)->bool:
     "Whether the file is the one that was written."
@@ -226,7 +227,7 @@ def _open(lib):
         _build([lib])
         return ctypes.CDLL(str(lib.path))
 
-# %% ../nbs/00b_native.ipynb #7f81eceb
+# %% ../nbs/00b_native.ipynb #b5f51043
 def _build(libs, quiet=False):
     "Compile those of `libs` that are not there yet. Of several processes one compiles and the others wait."
     folder = cache_folder()
@@ -269,7 +270,7 @@ def ready(*libs, quiet=False)->bool: # whether all are there
 
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0]
 
-# %% ../nbs/00b_native.ipynb #2f24ee22
+# %% ../nbs/00b_native.ipynb #1675662c
 def _is(t): return f'{t.dtype} {tuple(t.shape)} on {t.device}'.replace('torch.', '')
 
 def check_tensor(name:str, t, dtype=None, shape=None, device=None):
@@ -281,7 +282,7 @@ def check_tensor(name:str, t, dtype=None, shape=None, device=None):
         want = f'{dtype or "any type"} {"" if shape is None else tuple(shape)} on {device or "any device"}'
         raise ValueError(f'{name}: want {want}; got {_is(t)}'.replace('torch.', ''))
 
-# %% ../nbs/00b_native.ipynb #9798726a
+# %% ../nbs/00b_native.ipynb #007db611
 class Call:
     "The arguments of one call into native code. Every tensor is checked when it is added."
     def __init__(self, device='cpu'): self.device, self.args, self.held = torch.device(device), [], []
@@ -320,7 +321,7 @@ class Call:
         self.args += (at, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
         return self
 
-# %% ../nbs/00b_native.ipynb #1e690be6
+# %% ../nbs/00b_native.ipynb #be8259c5
 # what `guarded` in C++ answers
 _FAILED = {-1: (MemoryError, 'out of memory'), -2: (RuntimeError, 'an exception in native code')}
 
@@ -331,14 +332,14 @@ def _enter(self:Call, lib:CppLibrary, name:str)->int:
     return answer
 Call.enter = _enter
 
-# %% ../nbs/00b_native.ipynb #c6acfbe1
+# %% ../nbs/00b_native.ipynb #f662cfc7
 def unwatched(*tensors)->bool:
     "Whether native code may replace PyTorch operations now: nothing traces or transforms them."
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
                 or torch._C._len_torch_dispatch_stack()
                 or any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors))
 
-# %% ../nbs/00b_native.ipynb #521bc363
+# %% ../nbs/00b_native.ipynb #72d04897
 _KERNELS = {}   # (kind, device type) -> kernel
 def register_kernel(kind:str, device:str, kernel):
     "Offer `kernel` for a kind of work ('ops', 'layers', 'decode') on a device type; the last one counts."
@@ -359,7 +360,7 @@ def find_kernel(kind:str, device:str):
     _announced(kind, device)
     return _KERNELS[kind, device]
 
-# %% ../nbs/00b_native.ipynb #3c24f85b
+# %% ../nbs/00b_native.ipynb #47a96629
 #| echo: false
 CPP_COMPLEX = Cpp(r'''
 #ifdef __CUDACC__
@@ -383,7 +384,7 @@ template <class V> struct Complex {                   // V: a number, or a SIMD 
 ''')
 CPP_COMPLEX
 
-# %% ../nbs/00b_native.ipynb #bb58c9fa
+# %% ../nbs/00b_native.ipynb #88be6799
 #| echo: false
 CPP_LANES = CPP_COMPLEX + r'''
 #include <algorithm>
@@ -419,7 +420,7 @@ static void fresh(void* p, size_t bytes, int threads) {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #0e1c736e
+# %% ../nbs/00b_native.ipynb #c1d5dd18
 #| echo: false
 CPP_LANES += r'''
 #if defined(__AVX512F__)
@@ -454,7 +455,7 @@ template <class V> struct Places {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #1620234e
+# %% ../nbs/00b_native.ipynb #e3fff7de
 #| echo: false
 CPP_LANES += r'''
 template <int W> struct Shuffle;                      // interleaved (re, im, re, im, ...) <-> apart
@@ -477,7 +478,7 @@ SHUFFLE(16, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #7c24e90b
+# %% ../nbs/00b_native.ipynb #f0595b29
 #| echo: false
 CPP_LANES += r'''
 // W complex numbers, real and imaginary parts apart
@@ -509,7 +510,7 @@ template <class A, class T> static inline void stc(T* p, Cx<A> z) {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #c848c608
+# %% ../nbs/00b_native.ipynb #8bba4e93
 def keep_memory()->bool: # whether the C library took the advice
     "Let malloc keep what a training step frees instead of returning it to the system (glibc only)."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -517,7 +518,7 @@ def keep_memory()->bool: # whether the C library took the advice
     TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
     return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**26), mallopt(MMAP_THRESHOLD, 2**25)])
 
-# %% ../nbs/00b_native.ipynb #325afc7b
+# %% ../nbs/00b_native.ipynb #1e1a91df
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds
