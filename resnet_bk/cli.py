@@ -5,6 +5,16 @@
 # %% auto #0
 __all__ = ['compile_kernels', 'bk_train', 'bk_generate', 'train_main', 'generate_main']
 
+# %% ../nbs/14_cli.ipynb #waiting1
+import os, sys, psutil
+
+# %% ../nbs/14_cli.ipynb #waiting2
+def _wait_asleep():
+    "Beside a busy process let threads sleep while they wait, unless the user has chosen; before torch is imported."
+    if 'torch' in sys.modules or {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & set(os.environ): return
+    if psutil.cpu_percent(.2)*psutil.cpu_count() > 50: os.environ['OMP_WAIT_POLICY'] = 'passive'
+_wait_asleep()
+
 # %% ../nbs/14_cli.ipynb #c0004
 import argparse, contextlib, json, sys, torch
 from itertools import islice
