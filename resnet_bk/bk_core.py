@@ -185,7 +185,12 @@ def _lanes(t): # as kernels read it: channels neighbours in memory
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 def _dense(t): return t if t is None else _plain(t).contiguous()
-def _empty(ref, x, dtype=None): return ref.new_empty(0, dtype=dtype) if x is None else x.contiguous()
+
+# %% ../nbs/01_bk_core.ipynb #c0077b
+def _empty(ref, x, dtype=None): # an op's output: contiguous, no two in one memory as L.real and L.imag are
+    if x is None: return ref.new_empty(0, dtype=dtype)
+    shared = not x.numel() or x.untyped_storage().nbytes() > x.numel()*x.element_size()
+    return x.clone(memory_format=torch.contiguous_format) if shared else x.contiguous()
 def _cont(*ts): return [_lanes(t) for t in ts]
 
 # %% ../nbs/01_bk_core.ipynb #c0079
@@ -544,6 +549,8 @@ def vmapped_get_diag(
             _refuse(name, f'real (B, N-1) = {(B, n)} or ({n},) on {a.device}', x)
     z = _number('z', z, complex)
     if not z.imag > 0: raise ValueError(f'z must have Im z > 0; got {z}')
+    single = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)   # no half precision
+    a, b, c = (x.to(single) for x in (a, b, c))
     k = (b*c).expand(B, n)
     if (k > 0).all(): return resolvent_diag((a + 2)[...,None], z, hop=k.sqrt()[...,None])[...,0]
     d, l, r = a - z, [None]*N, [None]*N
