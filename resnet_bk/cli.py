@@ -10,7 +10,7 @@ import os, sys, psutil
 
 # %% ../nbs/14_cli.ipynb #waiting2
 def _wait_asleep():
-    "Beside a busy process let threads sleep while they wait, unless the user has chosen; before torch is imported."
+    "Beside a busy process let waiting threads sleep, unless the user has chosen; before torch is imported."
     if 'torch' in sys.modules or {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & set(os.environ): return
     if psutil.cpu_percent(.2)*psutil.cpu_count() > 50: os.environ['OMP_WAIT_POLICY'] = 'passive'
 _wait_asleep()

@@ -919,6 +919,7 @@ def nvcc_flags(archs)->list: # [(9, 0), ...] -> flags
         gen.append(f'-gencode=arch=compute_{a}{b},code=compute_{a}{b}')
     return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', *gen]
 
+# %% ../nbs/10_hardware.ipynb #c0036zz
 def compile_cuda(
     source:str, # CUDA C++
     path,       # the library to write

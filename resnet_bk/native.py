@@ -253,6 +253,7 @@ def _build(libs, quiet=False):
             if failed: raise BuildError(_reason(failed[0].read_text() if failed[0].exists() else said, cxx))
     finally: lock.release()
 
+# %% ../nbs/00b_native.ipynb #b5f510zz
 _readying = threading.RLock()
 def ready(*libs, quiet=False)->bool: # whether all are there
     "Build and load several libraries; compiling goes on side by side. One line says what is missing and why."
