@@ -174,7 +174,7 @@ def blended_diag(
 )->Tensor:              # (B, N, C) complex
     """`resolvent_diag` whose backward pass is exact or the blend of the design notes.
     `ValueError` as `resolvent_diag`, and for α outside [0, 1]."""
-    v, _, E, eta, _, hop = _inputs(v, None, z, None, hop)
+    v, _, E, eta, _, hop, _ = _inputs(v, None, z, None, hop)
     return _BK.apply(v, E, eta, hop, _Plan(_blend(grad_blend), causal))[0]
 
 # %% ../nbs/06_gradients.ipynb #c0032
@@ -194,7 +194,7 @@ def _features(he_diag, h0_super, h0_sub, z, plan): # (..., N) -> (..., N, 2)
         t = torch.where(k > 0, k, 1).sqrt().mul(k > 0)   # no infinite slope where a bond is cut
         hop = t.expand(*lead, bonds).reshape(B, bonds).T[None]
     # chains as channels, (1, N, B): the kernel's fast layout
-    v, _, E, eta, _, hop = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)
+    v, _, E, eta, _, hop, _ = _inputs((he_diag + 2).reshape(B, N).T[None], None, z, None, hop)
     return torch.view_as_real(_BK.apply(v, E, eta, hop, plan)[0][0].T.contiguous()).reshape(*lead, N, 2)
 
 # %% ../nbs/06_gradients.ipynb #c0033

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CPP_COMPLEX', 'CPP_LANES', 'Cpp', 'extra_flags', 'find_compiler', 'cache_folder', 'BuildError', 'CppLibrary', 'ready',
-           'check_tensor', 'Call', 'unwatched', 'register_kernel', 'find_kernel', 'keep_memory', 'time_together']
+           'check_tensor', 'Call', 'unwatched', 'register_kernel', 'find_kernel', 'op_namespace', 'keep_memory',
+           'time_together']
 
-# %% ../nbs/00b_native.ipynb #e6d81e96
+# %% ../nbs/00b_native.ipynb #979cd540
 import atexit, ctypes, hashlib, json, os, platform, re, shlex, shutil, stat, subprocess, sys
 import tempfile, threading, time, warnings
 from functools import lru_cache
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from tqdm.auto import tqdm
 
-# %% ../nbs/00b_native.ipynb #23e9b291
+# %% ../nbs/00b_native.ipynb #8298f7ee
 class Cpp(str):
     "C++ source. `+` joins pieces; a notebook and the site show the last piece highlighted."
     def __new__(cls, text, last=None):
@@ -29,7 +30,7 @@ class Cpp(str):
     def __repr__(self): return f'<C++, {len(self.splitlines())} lines>'
     def _repr_markdown_(self): return f'```cpp\n{self.last.strip()}\n```'
 
-# %% ../nbs/00b_native.ipynb #8f33b51a
+# %% ../nbs/00b_native.ipynb #dae54712
 _FLAGS = ['-O3', '-std=c++17', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
           '-ffp-contract=fast']
 _NATIVE = '-mcpu=native' if platform.machine() in ('aarch64', 'arm64') else '-march=native'
@@ -49,7 +50,7 @@ def find_compiler()->str: # a command, or None
     given = os.environ.get('CXX')
     return next((c for c in ([given] if given else ['c++', 'g++', 'clang++']) if _version(c)), None)
 
-# %% ../nbs/00b_native.ipynb #0f582dd0
+# %% ../nbs/00b_native.ipynb #8a728a2e
 @lru_cache
 def _cpu_key():
     "What decides which instructions this CPU runs."
@@ -73,7 +74,7 @@ def _usable(cxx, folder)->list: # flags
     openmp, native = _links_openmp(cxx, folder), _compiles(cxx, [_NATIVE], folder)
     return [*_FLAGS, *(['-fopenmp'] if openmp else []), *([_NATIVE] if native else []), *extra_flags()]
 
-# %% ../nbs/00b_native.ipynb #13121eac
+# %% ../nbs/00b_native.ipynb #88e15787
 def _others_may_write(folder)->str: # why, or ''
     "Whether someone else could put a file here, by owner and mode of the folder and of those above it."
     if os.name == 'nt': return ''
@@ -94,7 +95,7 @@ def _own_folder(why)->Path:
                       'Set TORCH_EXTENSIONS_DIR to a folder of yours.')
     return _temporary[os.getpid()]
 
-# %% ../nbs/00b_native.ipynb #9e5111f3
+# %% ../nbs/00b_native.ipynb #d836b5e3
 def cache_folder()->Path:
     "Where libraries are kept: `$TORCH_EXTENSIONS_DIR`, else in `$XDG_CACHE_HOME` or `~/.cache`."
     if os.getpid() in _temporary: return _temporary[os.getpid()]
@@ -110,7 +111,7 @@ def cache_folder()->Path:
     except OSError as e: why = f'{folder}: {e.strerror}'
     return _own_folder(why) if why else folder
 
-# %% ../nbs/00b_native.ipynb #674d8864
+# %% ../nbs/00b_native.ipynb #bc393fd2
 _BUILDER = r'''
 import inspect, json, os, sys, traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,7 @@ def build(job):
 with ThreadPoolExecutor(jobs['side_by_side']) as pool: list(pool.map(build, jobs['libraries']))
 '''
 
-# %% ../nbs/00b_native.ipynb #a612d133
+# %% ../nbs/00b_native.ipynb #a45a65ea
 class BuildError(RuntimeError):
     "A kernel could not be compiled; the message is the first error or what is missing."
 
@@ -153,7 +154,7 @@ typedef float V __attribute__((vector_size(16))); typedef int32_t U __attribute_
 V f(U u, V v) { return v < 0 ? __builtin_convertvector(u, V) : v; }
 '''
 
-# %% ../nbs/00b_native.ipynb #3bbbb7c1
+# %% ../nbs/00b_native.ipynb #e787d5ba
 def _run_builder(jobs, env, folder, quiet=False):
     "Compile `jobs` (arguments of `load_inline`) side by side in a child process; a bar on standard error."
     spec = Path(folder)/'jobs.json'
@@ -172,7 +173,7 @@ def _run_builder(jobs, env, folder, quiet=False):
         said.seek(0)
         return said.read()
 
-# %% ../nbs/00b_native.ipynb #2a3fbe3b
+# %% ../nbs/00b_native.ipynb #d5004e6b
 class CppLibrary:
     "Plain C++ compiled at the first `load`, kept in a cache, entered through `Call`."
     kind = 'CPU kernel'
@@ -207,7 +208,7 @@ class CppLibrary:
         if self._lib is ...: ready(self)
         return self._lib
 
-# %% ../nbs/00b_native.ipynb #aec14dd1
+# %% ../nbs/00b_native.ipynb #3ff6cd04
 def _checksum(path): return path.with_suffix('.sha256')
 def _whole(path)->bool:
     "Whether the file is the one that was written."
@@ -227,7 +228,7 @@ def _open(lib):
         _build([lib])
         return ctypes.CDLL(str(lib.path))
 
-# %% ../nbs/00b_native.ipynb #b5f51043
+# %% ../nbs/00b_native.ipynb #f57af066
 def _build(libs, quiet=False):
     "Compile those of `libs` that are not there yet. Of several processes one compiles and the others wait."
     folder = cache_folder()
@@ -253,7 +254,7 @@ def _build(libs, quiet=False):
             if failed: raise BuildError(_reason(failed[0].read_text() if failed[0].exists() else said, cxx))
     finally: lock.release()
 
-# %% ../nbs/00b_native.ipynb #b5f510zz
+# %% ../nbs/00b_native.ipynb #eff8c93c
 _readying = threading.RLock()
 def ready(*libs, quiet=False)->bool: # whether all are there
     "Build and load several libraries; compiling goes on side by side. One line says what is missing and why."
@@ -271,7 +272,7 @@ def ready(*libs, quiet=False)->bool: # whether all are there
 
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0]
 
-# %% ../nbs/00b_native.ipynb #1675662c
+# %% ../nbs/00b_native.ipynb #b722eab6
 def _is(t): return f'{t.dtype} {tuple(t.shape)} on {t.device}'.replace('torch.', '')
 
 def check_tensor(name:str, t, dtype=None, shape=None, device=None):
@@ -283,7 +284,7 @@ def check_tensor(name:str, t, dtype=None, shape=None, device=None):
         want = f'{dtype or "any type"} {"" if shape is None else tuple(shape)} on {device or "any device"}'
         raise ValueError(f'{name}: want {want}; got {_is(t)}'.replace('torch.', ''))
 
-# %% ../nbs/00b_native.ipynb #007db611
+# %% ../nbs/00b_native.ipynb #82dfab36
 class Call:
     "The arguments of one call into native code. Every tensor is checked when it is added."
     def __init__(self, device='cpu'): self.device, self.args, self.held = torch.device(device), [], []
@@ -322,7 +323,7 @@ class Call:
         self.args += (at, t.stride(0)*parts, t.stride(1)*parts, t.shape[1])
         return self
 
-# %% ../nbs/00b_native.ipynb #be8259c5
+# %% ../nbs/00b_native.ipynb #d5314638
 # what `guarded` in C++ answers
 _FAILED = {-1: (MemoryError, 'out of memory'), -2: (RuntimeError, 'an exception in native code')}
 
@@ -333,14 +334,14 @@ def _enter(self:Call, lib:CppLibrary, name:str)->int:
     return answer
 Call.enter = _enter
 
-# %% ../nbs/00b_native.ipynb #f662cfc7
+# %% ../nbs/00b_native.ipynb #a004d280
 def unwatched(*tensors)->bool:
     "Whether native code may replace PyTorch operations now: nothing traces or transforms them."
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
                 or torch._C._len_torch_dispatch_stack()
                 or any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors))
 
-# %% ../nbs/00b_native.ipynb #72d04897
+# %% ../nbs/00b_native.ipynb #e70bf7a2
 _KERNELS = {}   # (kind, device type) -> kernel
 def register_kernel(kind:str, device:str, kernel):
     "Offer `kernel` for a kind of work ('ops', 'layers', 'decode') on a device type; the last one counts."
@@ -361,7 +362,12 @@ def find_kernel(kind:str, device:str):
     _announced(kind, device)
     return _KERNELS[kind, device]
 
-# %% ../nbs/00b_native.ipynb #47a96629
+# %% ../nbs/00b_native.ipynb #4c15638f
+def op_namespace(module:str)->str: # `__name__` of whoever defines the ops
+    "Namespace of the custom ops that a module defines."
+    return 'resnet_bk_notebook' if module == '__main__' else 'resnet_bk'
+
+# %% ../nbs/00b_native.ipynb #e9d682b3
 #| echo: false
 CPP_COMPLEX = Cpp(r'''
 #ifdef __CUDACC__
@@ -385,7 +391,7 @@ template <class V> struct Complex {                   // V: a number, or a SIMD 
 ''')
 CPP_COMPLEX
 
-# %% ../nbs/00b_native.ipynb #88be6799
+# %% ../nbs/00b_native.ipynb #eb6741e4
 #| echo: false
 CPP_LANES = CPP_COMPLEX + r'''
 #include <algorithm>
@@ -421,7 +427,7 @@ static void fresh(void* p, size_t bytes, int threads) {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #c1d5dd18
+# %% ../nbs/00b_native.ipynb #4029eebc
 #| echo: false
 CPP_LANES += r'''
 #if defined(__AVX512F__)
@@ -456,7 +462,7 @@ template <class V> struct Places {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #e3fff7de
+# %% ../nbs/00b_native.ipynb #dd95a4dc
 #| echo: false
 CPP_LANES += r'''
 template <int W> struct Shuffle;                      // interleaved (re, im, re, im, ...) <-> apart
@@ -479,7 +485,7 @@ SHUFFLE(16, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #f0595b29
+# %% ../nbs/00b_native.ipynb #ee55ef16
 #| echo: false
 CPP_LANES += r'''
 // W complex numbers, real and imaginary parts apart
@@ -511,7 +517,7 @@ template <class A, class T> static inline void stc(T* p, Cx<A> z) {
 '''
 CPP_LANES
 
-# %% ../nbs/00b_native.ipynb #8bba4e93
+# %% ../nbs/00b_native.ipynb #e1df0824
 def keep_memory()->bool: # whether the C library took the advice
     "Let malloc keep what a training step frees instead of returning it to the system (glibc only)."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -519,7 +525,7 @@ def keep_memory()->bool: # whether the C library took the advice
     TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
     return all([mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 2**26), mallopt(MMAP_THRESHOLD, 2**25)])
 
-# %% ../nbs/00b_native.ipynb #1e1a91df
+# %% ../nbs/00b_native.ipynb #42e63578
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds
