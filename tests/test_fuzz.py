@@ -27,9 +27,8 @@ def check(runs, least): # every case was compared or refused, and of both there 
 def test_every_case_gives_the_value_or_an_error(capfd):
     runs = side_by_side(10000, 240)
     with capfd.disabled(): print(*('\n' + out[-2000:] for _,out,_ in runs))
-    check(runs, 10000 if (os.cpu_count() or 1) > 3 else 5000)
+    check(runs, 10000)
 
-@pytest.mark.skipif(not os.environ.get('RESNET_BK_SANITIZE'), reason='set RESNET_BK_SANITIZE=1: not yet seen to end in the time of CI')
 def test_no_report_of_the_sanitizers(watched, capfd):
     assert 'exit 0' in build(watched)
     runs = side_by_side(2000, 120, env=watched)
@@ -76,7 +75,6 @@ else:
     print(resolvent_diag(torch.ones(3, 7, 5), 1j, causal=True, state=torch.zeros(3, 5, dtype=torch.complex64)).shape)
 """
 
-@pytest.mark.skipif(not os.environ.get('RESNET_BK_SANITIZE'), reason='set RESNET_BK_SANITIZE=1: not yet seen to end in the time of CI')
 @pytest.mark.parametrize('what', ['good', 'bad'])
 def test_a_bad_index_is_caught(what, watched):
     plain = {k: v for k,v in watched.items() if k != 'LD_PRELOAD'}
