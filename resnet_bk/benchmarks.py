@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', 'compare_language', 'with_floors', 'RecallData',
            'recall', 'recall_models', 'train_step', 'MambaLM', 'layer_step', 'default_models', 'default_model',
-           'machine_rates', 'profile', 'step_memory', 'decode_times', 'feed_forwards', 'equal_time', 'copy_bandwidth',
-           'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
+           'machine_rates', 'profile', 'step_memory', 'decode_times', 'feed_forwards', 'equal_time', 'step_time',
+           'copy_bandwidth', 'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
 # %% ../nbs/15_benchmarks.ipynb #c0004
 import json, math, os, platform, subprocess, sys, time, torch
@@ -308,6 +308,35 @@ def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict
         row = dict(model=name, lr=lr, steps=l.step, nats=nats, bpb=data.report(nats)['bpb'])
         rows.append(dict(row={**row, 'seconds': l.elapsed, 'params': l.model.n_params()}, model=l.model))
     return rows
+
+# %% ../nbs/15_benchmarks.ipynb #busy1
+_step_code = '''
+import sys, time, torch
+from torch.nn import functional as F
+from resnet_bk.benchmarks import language_models, train_step
+from resnet_bk.native import keep_memory
+keep_memory()
+torch.manual_seed(0)
+step, seconds = train_step(language_models(66, 256)[sys.argv[1]](), 8, 256), float(sys.argv[2])
+ts, end = [], time.perf_counter() + seconds
+while time.perf_counter() < end or len(ts) < 3:
+    t = time.perf_counter()
+    step()
+    ts.append(time.perf_counter() - t)
+print(sorted(ts)[len(ts)//2]*1e3)
+'''
+def step_time(model:str, policy:str=None, busy:int=0, seconds:float=6)->float: # ms
+    "Median time of a training step (8×256 tokens) in its own process, beside `busy` others that only count."
+    path = os.pathsep.join([os.path.abspath('..'), os.environ.get('PYTHONPATH', '')])
+    env = {k: v for k,v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+    env |= {'PYTHONPATH': path} | ({'OMP_WAIT_POLICY': policy} if policy else {})
+    command = [sys.executable, '-c', _step_code, model, str(seconds)]
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(busy)]
+    try: r = subprocess.run(command, capture_output=True, text=True, env=env)
+    finally:
+        for p in others: p.kill()
+    if r.returncode: raise RuntimeError(r.stderr.strip().splitlines()[-1])
+    return float(r.stdout.split()[-1])
 
 # %% ../nbs/15_benchmarks.ipynb #c0134
 def _ms(f, dev, rounds=10):
