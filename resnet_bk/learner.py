@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'HOOKS', 'PARTS', 'Seen', 'token_losses', 'lm_loss', 'lr_a
            'rng_state', 'set_rng_state', 'Learner', 'check_budget', 'logits_of', 'by_default', 'Evaluator',
            'peak_memory_mb', 'Recorder', 'Tracker', 'Progress', 'LivePlot', 'Timing']
 
-# %% ../nbs/05_learner.ipynb #ec38c2e4
+# %% ../nbs/05_learner.ipynb #93a00f8c
 import atexit, json, math, os, random, signal, sys, threading, time
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from .native import keep_memory
 
-# %% ../nbs/05_learner.ipynb #67c7ea76
+# %% ../nbs/05_learner.ipynb #ca6ec4ba
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 from .model import load_parts, take_aux_losses
 
-# %% ../nbs/05_learner.ipynb #170a5d26
+# %% ../nbs/05_learner.ipynb #06ebe301
 def token_losses(logits:Tensor, # (B, N, V) scores of the next token
     targets:Tensor, # (B, N) int64 token ids; -100 where nothing is asked
 )->Tensor: # (B, N) cross-entropy, nats; 0 where nothing is asked
@@ -49,7 +49,7 @@ def lm_loss(logits:Tensor, # (B, N, V)
     "Next-token cross-entropy in float32."
     return token_losses(logits, targets).sum() / (targets != -100).sum().clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #33a14f64
+# %% ../nbs/05_learner.ipynb #0bde3460
 def lr_at(done:float, # share of the budget spent, 0 to 1
     warmup:float=0.05, # share of the budget that warms up
     min_frac:float=0., # where the line ends, as a share of the peak
@@ -60,7 +60,7 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
     phase = min(1., (done-warmup)/(1-warmup))
     return 1 - (1-min_frac)*phase
 
-# %% ../nbs/05_learner.ipynb #1431bdd2
+# %% ../nbs/05_learner.ipynb #9f1ad46b
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
@@ -74,7 +74,7 @@ def param_groups(model:nn.Module, # its trainable parameters are taken, each onc
               dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/05_learner.ipynb #62d40281
+# %% ../nbs/05_learner.ipynb #f823583a
 def _plain(v):
     "Tensors and numpy values as Python ones, non-finite floats as words"
     if isinstance(v, (Tensor, np.ndarray, np.generic)): v = v.tolist()
@@ -87,7 +87,7 @@ def _number(v): # the inverse
     if isinstance(v, dict): return {k: _number(o) for k,o in v.items()}
     return float(v) if v in ('nan', 'inf', '-inf') else v
 
-# %% ../nbs/05_learner.ipynb #baecc3f2
+# %% ../nbs/05_learner.ipynb #9010e009
 METRICS = {} # name -> what it means, its unit
 
 def register_metric(name:str, # a Python name; losses begin with 'loss_'
@@ -98,7 +98,7 @@ def register_metric(name:str, # a Python name; losses begin with 'loss_'
         raise ValueError(f'a metric wants a Python name that is not taken; got {name!r}')
     METRICS[name] = doc
 
-# %% ../nbs/05_learner.ipynb #ace99da0
+# %% ../nbs/05_learner.ipynb #55ee991b
 @dataclass
 class TrainingMetrics:
     """What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` =
@@ -130,7 +130,7 @@ class TrainingMetrics:
         if name in METRICS: return 0. if name.startswith('loss_') else None
         raise AttributeError(f'no metric {name!r} in this record; registered: {", ".join(sorted(METRICS))}')
 
-# %% ../nbs/05_learner.ipynb #4827e07b
+# %% ../nbs/05_learner.ipynb #aa1d583f
 @patch
 def to_dict(self:TrainingMetrics)->dict: # JSON-safe; what was not measured is left out
     "The record as one flat dict of plain Python values"
@@ -144,7 +144,7 @@ def from_dict(cls:TrainingMetrics, d:dict)->TrainingMetrics: # inverse of `to_di
     extra = {k: v for k,v in d.items() if k not in known}
     return cls(**{k: v for k,v in d.items() if k in known}, extra=extra)
 
-# %% ../nbs/05_learner.ipynb #5e129fd1
+# %% ../nbs/05_learner.ipynb #908776cd
 def read_metrics(path, # a metrics.jsonl file
 )->list: # of TrainingMetrics, in the order written
     """The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is
@@ -155,7 +155,7 @@ def read_metrics(path, # a metrics.jsonl file
         except json.JSONDecodeError: break
     return out
 
-# %% ../nbs/05_learner.ipynb #aee32475
+# %% ../nbs/05_learner.ipynb #b9d6be99
 HOOKS = ('before_prepare before_run before_fit before_epoch before_step before_batch after_pred after_loss '
          'before_backward after_backward before_optim after_step after_epoch before_eval after_eval '
          'before_save after_save after_fit').split()
@@ -175,13 +175,13 @@ class Callback:
             raise TypeError(f"{cls.__name__}.{odd[0]} is not a hook of the loop; "
                             f"the hooks are {', '.join(HOOKS)}")
 
-# %% ../nbs/05_learner.ipynb #de850817
+# %% ../nbs/05_learner.ipynb #ca10e0ea
 class CancelStep(Exception):
     "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
 
 class CancelFit(Exception): "Raised by a callback: end the run here, in good order; its text is shown"
 
-# %% ../nbs/05_learner.ipynb #c7fca2af
+# %% ../nbs/05_learner.ipynb #1ae010d5
 def _device(name, local):
     if name is None and os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes'): name = 'cpu'
     try: d = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -221,7 +221,7 @@ class Parallel:
         if self.precision == 'no': return nullcontext()
         return torch.autocast(self.device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
-# %% ../nbs/05_learner.ipynb #bed93363
+# %% ../nbs/05_learner.ipynb #a1b9c7ad
 @patch
 def wrap(self:Parallel, model:nn.Module)->nn.Module:
     "The model for the forward pass of training: itself, wrapped, or itself with its blocks sharded"
@@ -230,7 +230,7 @@ def wrap(self:Parallel, model:nn.Module)->nn.Module:
         from torch.distributed.fsdp import fully_shard
         for m in list(model.modules()):
             if isinstance(m, nn.ModuleList): [fully_shard(b) for b in m]
-        return fully_shard(model)
+        return fully_shard(model, reshard_after_forward=True) # else evaluation leaves the root in one piece
     return DistributedDataParallel(model, [self.device.index] if self.device.type == 'cuda' else None)
 
 @patch
@@ -254,7 +254,7 @@ def wait(self:Parallel):
     "Until all processes are here"
     if self.world > 1: dist.barrier()
 
-# %% ../nbs/05_learner.ipynb #f14f30e7
+# %% ../nbs/05_learner.ipynb #975149ea
 def set_seed(seed:int): # of any integer type
     "Seed Python, numpy and PyTorch"
     seed = int(seed)
@@ -278,7 +278,7 @@ def set_rng_state(s:dict): # from `rng_state`
     if s['cuda'] and torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(s['cuda'])
 
-# %% ../nbs/05_learner.ipynb #0260e182
+# %% ../nbs/05_learner.ipynb #04567169
 class Learner:
     """Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for
     settings that make no sense."""
@@ -318,7 +318,7 @@ class Learner:
         load_parts()
         for cb in [c() for c in self.defaults] + listify(cbs): self.add_cb(cb)
 
-# %% ../nbs/05_learner.ipynb #cf6af9bf
+# %% ../nbs/05_learner.ipynb #19032e55
 @patch
 def _reset(self:Learner):
     "The variables of a run, at its start"
@@ -330,7 +330,7 @@ def _reset(self:Learner):
     self.resuming, self.saved, self._begun = False, None, False
     self.preds = self.loss = self.loss_lm = self.token_losses = None
 
-# %% ../nbs/05_learner.ipynb #ec2dcdb0
+# %% ../nbs/05_learner.ipynb #85058415
 @patch
 def add_cb(self:Learner, cb:Callback)->Learner:
     "Add a callback. `TypeError` for anything else, `ValueError` where two would replace the same part."
@@ -357,7 +357,7 @@ def find_cbs(self:Learner, cls:type)->list: # in the order they are called
     "The callbacks of a class"
     return [c for c in self.cbs if isinstance(c, cls)]
 
-# %% ../nbs/05_learner.ipynb #0a193072
+# %% ../nbs/05_learner.ipynb #20ca627f
 @patch
 def cb(self:Learner, hook:str):
     "Call `hook` of every callback that has it, in order; at the end of a run, of all, even if one fails"
@@ -385,7 +385,7 @@ def do(self:Learner, part:str):
     "Carry out one of `PARTS`: by the callback that replaces it, else by the learner's own method"
     return getattr(self._player(part), part)()
 
-# %% ../nbs/05_learner.ipynb #193f79bf
+# %% ../nbs/05_learner.ipynb #f1ab0adc
 @patch
 def log(self:Learner, **values):
     """Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`).
@@ -408,7 +408,7 @@ def say(self:Learner, text:str):
     try: tqdm.write(text, file=sys.stdout)
     except (OSError, ValueError): pass # a closed pipe, a closed file
 
-# %% ../nbs/05_learner.ipynb #0818a41d
+# %% ../nbs/05_learner.ipynb #a64bb9a7
 @patch
 def prepare(self:Learner)->Learner:
     "Device, wrapper and optimiser: once, at the first `fit` or `evaluate`."
@@ -432,7 +432,7 @@ def _make_opt(self:Learner):
     for g in opt.param_groups: g.setdefault('initial_lr', g['lr'])
     return opt
 
-# %% ../nbs/05_learner.ipynb #386e8803
+# %% ../nbs/05_learner.ipynb #4d02cadd
 @patch
 def adopt(self:Learner)->int: # how many parameters are new
     "Give the optimiser the parameters that can be trained now, and take away those that are gone"
@@ -445,10 +445,12 @@ def adopt(self:Learner)->int: # how many parameters are new
         fresh = [p for p in g['params'] if id(p) not in known]
         if fresh: self.opt.add_param_group(g | dict(params=fresh, lr=self.lr, initial_lr=self.lr))
         new += len(fresh)
+    if new and self.shard:
+        raise ValueError('shard=True spreads the weights at the start: none can be added in mid-run')
     if new: self.net = self.parallel.wrap(self.model.to(self.device))
     return new
 
-# %% ../nbs/05_learner.ipynb #5f62e6db
+# %% ../nbs/05_learner.ipynb #5ec7e6e3
 @patch(as_prop=True)
 def is_main(self:Learner)->bool: # True in the process that prints and writes
     "Whether this is the main process"
@@ -464,7 +466,7 @@ def share(self:Learner)->int: # 1: every batch of `data.train` is for this proce
     "Of how many batches this process takes one: of `world`, unless the data was made for this `rank` already"
     return self.world if getattr(self.data.train, 'world', 1) == 1 else 1
 
-# %% ../nbs/05_learner.ipynb #bebeaa16
+# %% ../nbs/05_learner.ipynb #14cbcea8
 def check_budget(steps=None, epochs=None, minutes=None)->dict: # the one that was given
     "`ValueError` for none, two, or one that is not positive and finite."
     given = {k:v for k,v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
@@ -483,7 +485,7 @@ def _set_budget(self:Learner, budget:dict):
         None if unit == 'minutes' else max(1, round(n if unit == 'steps' else n * self.steps_per_epoch))
     )
 
-# %% ../nbs/05_learner.ipynb #82ab8eec
+# %% ../nbs/05_learner.ipynb #0a40e1dd
 @patch(as_prop=True)
 def spent(self:Learner)->float: # 0 at the start, 1 or more at the end
     "Share of the budget that is used up"
@@ -499,7 +501,7 @@ def epoch(self:Learner)->float: # 1.5: halfway through the second pass
     "Passes over the training text so far (of the text that the run began with)"
     return self.step/self.steps_per_epoch
 
-# %% ../nbs/05_learner.ipynb #ad588ac8
+# %% ../nbs/05_learner.ipynb #a65825f8
 def logits_of(preds)->Tensor: # (B, N, V)
     "The logits in what a model answered: itself, its attribute `logits`, or the first of a tuple"
     if isinstance(preds, Tensor): return preds
@@ -539,7 +541,7 @@ def example_losses(self:Learner)->Tensor: # (B,) nats per token, of the batch at
     if self.token_losses is None: return None
     return self.token_losses.sum(-1)/(self.y != -100).sum(-1).clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #0b474f34
+# %% ../nbs/05_learner.ipynb #7f2bf650
 Seen = namedtuple('Seen', 'x y loss loss_lm weight') # one batch of the step at hand
 
 @patch
@@ -572,7 +574,7 @@ def _no_exchange(net): # of gradients between processes
 @patch
 def _exchange(self:Learner, last): return nullcontext() if last or self.world == 1 else _no_exchange(self.net)
 
-# %% ../nbs/05_learner.ipynb #c90050f6
+# %% ../nbs/05_learner.ipynb #a20faf35
 @patch
 def one_step(self:Learner):
     "`accumulate` batches and one update of the weights; a `CancelStep` on the way leaves the weights alone"
@@ -607,7 +609,7 @@ def _measure(self:Learner):
         if scaler: scaler.update() # closes the books on this step's unscaling
         raise
 
-# %% ../nbs/05_learner.ipynb #07f927a0
+# %% ../nbs/05_learner.ipynb #02a312db
 @patch
 def _step_batches(self:Learner):
     "The (x, y, weight, last) of one step"
@@ -630,7 +632,7 @@ def set_data(self:Learner, data):
     "Go on with other data, from its own position: before a step, or in `load_state_dict` of a callback"
     self.data, self._stream = data, data.train.forever()
 
-# %% ../nbs/05_learner.ipynb #e5a65e7b
+# %% ../nbs/05_learner.ipynb #0b362b7a
 @patch
 def _set_lr(self:Learner):
     "The schedule's learning rate for the step at hand, taken at its middle so that the first is not zero"
@@ -651,7 +653,7 @@ def _tick(self:Learner):
         now, stop = self.parallel.sum(t.float()).tolist()
     self.elapsed, self.interrupted = now, bool(stop)
 
-# %% ../nbs/05_learner.ipynb #8b012124
+# %% ../nbs/05_learner.ipynb #716e187a
 @patch
 def warm_up(self:Learner):
     "One batch forward and backward, without an update or a callback; then all is as it was"
@@ -675,7 +677,7 @@ def warm_up(self:Learner):
     self.preds = self.loss = self.loss_lm = self.token_losses = None
     if (t := time.perf_counter() - start) > 5: self.say(f'ready after {t:.0f} s; the clock starts now')
 
-# %% ../nbs/05_learner.ipynb #c0a7abe9
+# %% ../nbs/05_learner.ipynb #c6f16562
 @contextmanager
 def _signals(learn):
     "The first Ctrl-C or SIGTERM asks for a stop after the step at hand, the second stops at once"
@@ -690,7 +692,7 @@ def _signals(learn):
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/05_learner.ipynb #40f04dc9
+# %% ../nbs/05_learner.ipynb #b1ecff27
 @patch
 def fit(self:Learner,
     steps:int=None, epochs:float=None, minutes:float=None, # the budget: exactly one of them
@@ -724,7 +726,7 @@ def _lost(self:Learner, e): # the same error, or one that says what it means
     return RuntimeError(f'another process of this run has gone, so this one ends at step {self.step}; '
                         f'start again with resume=True ({str(e).splitlines()[0][:120]})') if gone else e
 
-# %% ../nbs/05_learner.ipynb #071287c3
+# %% ../nbs/05_learner.ipynb #ad837498
 @patch
 def _begin(self:Learner, budget, resume):
     "Everything between the call of `fit` and the first step"
@@ -765,7 +767,7 @@ def _end(self:Learner):
     self.model.eval()
     self.cb('after_fit')
 
-# %% ../nbs/05_learner.ipynb #f6771f24
+# %% ../nbs/05_learner.ipynb #ddcf06bb
 @patch
 def _named_cbs(self:Learner): # name -> callback; the second of a class is 'Class 2'
     names, out = [], {}
@@ -801,7 +803,7 @@ def load_state_dict(self:Learner, saved:dict): # of `state_dict`, with 'weights'
              'random numbers start afresh')
     set_seed(self.seed + self.step + rank)
 
-# %% ../nbs/05_learner.ipynb #b31c6114
+# %% ../nbs/05_learner.ipynb #7301cc18
 @patch
 def fingerprint(self:Learner)->dict: # name -> value
     "What a run that goes on must have in common with the one before"
@@ -822,7 +824,7 @@ def check_fingerprint(self:Learner, was:dict, # of the checkpoint
         raise ValueError('this is not the run of the checkpoint: ' + '; '.join(odd)
                          + '. A resumed run may change its budget, its folder and what it reports')
 
-# %% ../nbs/05_learner.ipynb #a5d25936
+# %% ../nbs/05_learner.ipynb #d1b09928
 @patch
 def _sums(self:Learner, x, y):
     "Summed loss, number of targets, number guessed right, on the CPU"
@@ -840,7 +842,7 @@ def _eval_sums(self:Learner, batches):
     # sharded weights are gathered by all processes together, so all read every batch
     return total if self.shard else self.parallel.sum(total).cpu()
 
-# %% ../nbs/05_learner.ipynb #8a81a3da
+# %% ../nbs/05_learner.ipynb #e8ae11c4
 @patch
 def evaluate(self:Learner, batches:int=None, # how many validation batches; None: all
 )->dict: # nats per token, perplexity, bits per byte
@@ -863,7 +865,7 @@ def evaluate(self:Learner, batches:int=None, # how many validation batches; None
     self.cb('after_eval')
     return self.valid
 
-# %% ../nbs/05_learner.ipynb #6b79e2a7
+# %% ../nbs/05_learner.ipynb #473e50eb
 def by_default(cls): # a callback class every learner gets; one of the same name is replaced
     names = [c.__name__ for c in Learner.defaults]
     if cls.__name__ in names: Learner.defaults[names.index(cls.__name__)] = cls
@@ -882,7 +884,7 @@ class Evaluator(Callback):
               **{f'valid_{k}': v for k,v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
 by_default(Evaluator);
 
-# %% ../nbs/05_learner.ipynb #25faeabf
+# %% ../nbs/05_learner.ipynb #c264491c
 def peak_memory_mb(device=None)->float: # None where the platform does not tell
     "Peak memory in MB: of the GPU where there is one, else of this process"
     if device is not None and device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
@@ -890,7 +892,7 @@ def peak_memory_mb(device=None)->float: # None where the platform does not tell
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/05_learner.ipynb #17475775
+# %% ../nbs/05_learner.ipynb #31f534b0
 class Recorder(Callback):
     """Averages the losses of `log_every` steps into one `TrainingMetrics`: into `learn.history`, and into
     `metrics.jsonl` where there is a folder"""
@@ -916,7 +918,7 @@ class Recorder(Callback):
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
 by_default(Recorder);
 
-# %% ../nbs/05_learner.ipynb #5447cb2d
+# %% ../nbs/05_learner.ipynb #6958e47d
 @patch
 def record(self:Recorder):
     "One record from the steps since the last one"
@@ -962,7 +964,7 @@ def write(self:Recorder, m:TrainingMetrics):
             f'then fit(resume=True)'
         ) from e
 
-# %% ../nbs/05_learner.ipynb #1a97ba1c
+# %% ../nbs/05_learner.ipynb #7109cbca
 class Tracker(Callback):
     "Sends each record to 'wandb', 'tensorboard', 'trackio' or another tracker that accelerate knows."
     order = -5
@@ -1005,7 +1007,7 @@ class Tracker(Callback):
         self.tracker.finish()
         self.tracker = None
 
-# %% ../nbs/05_learner.ipynb #654d0455
+# %% ../nbs/05_learner.ipynb #b9b18be2
 class Progress(Callback):
     "The progress bar: steps, or minutes where the budget is minutes"
     order, bar = 90, None
@@ -1042,7 +1044,7 @@ class Progress(Callback):
                 + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
 by_default(Progress);
 
-# %% ../nbs/05_learner.ipynb #a9959e2b
+# %% ../nbs/05_learner.ipynb #86b122e5
 @patch
 def loss_figure(self:Learner): # matplotlib Figure
     """Training and validation loss against the unigram and bigram floors, recoveries marked. `ValueError`
@@ -1066,7 +1068,7 @@ def loss_figure(self:Learner): # matplotlib Figure
     fig.tight_layout()
     return fig
 
-# %% ../nbs/05_learner.ipynb #601b11ac
+# %% ../nbs/05_learner.ipynb #c833427e
 @patch
 def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png`, or nowhere without a folder
 ): # matplotlib Figure
@@ -1076,7 +1078,7 @@ def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png
     if path: fig.savefig(path, dpi=120)
     return fig
 
-# %% ../nbs/05_learner.ipynb #fb6e8699
+# %% ../nbs/05_learner.ipynb #5572429d
 class LivePlot(Callback):
     "Redraws the loss plot in a notebook every `every` seconds; does nothing elsewhere"
     order = 95
@@ -1097,7 +1099,7 @@ class LivePlot(Callback):
         plt.close(fig)
         self.last = time.perf_counter()
 
-# %% ../nbs/05_learner.ipynb #c24007d2
+# %% ../nbs/05_learner.ipynb #b21be752
 register_metric('forward_time_ms', 'forward pass and loss of one batch, ms; by the `Timing` callback')
 register_metric('backward_time_ms', 'backward pass of one batch, ms; by the `Timing` callback')
 

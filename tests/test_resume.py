@@ -1,13 +1,13 @@
-"""What a notebook cannot test of the learner: a real SIGKILL, Ctrl-C from outside, a full disk, a log file instead of a terminal, two processes."""
+"""What a notebook cannot test of the learner: a real SIGKILL, Ctrl-C from outside, a full disk, a log file instead of a terminal, several processes."""
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import torch
-from resnet_bk import learner
-from resnet_bk.learner import check_checkpoint, newest_checkpoint
+from resnet_bk.checkpoints import FolderLock, check_checkpoint, newest_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
+gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='needs gloo')
 posix = pytest.mark.skipif(os.name != 'posix', reason='needs POSIX signals and limits')
 
 # One small run, as a script of its own. Extra callbacks come from `cbs` in EXTRA, which each test writes.
@@ -15,9 +15,10 @@ SCRIPT = '''
 import json, os, resource, signal, sys, time
 import numpy as np, torch
 from torch import nn
-from resnet_bk import learner
+from resnet_bk import checkpoints
 from resnet_bk.data import LMData, ByteTokenizer, Floors
 from resnet_bk.learner import Learner, Callback
+from resnet_bk.stability import NumericalStabilityMonitor
 torch.set_num_threads(1); torch.manual_seed(0)
 rng, cbs = np.random.default_rng(0), []
 ids = np.cumsum(rng.integers(1, 4, 60_000)) % 256
@@ -88,12 +89,13 @@ def test_killed_and_resumed(straight, tmp_path):
 def test_killed_while_saving(straight, tmp_path):
     "SIGKILL in the middle of writing the checkpoint of step 20: it does not exist, the one of step 10 does"
     finish(start(tmp_path, '''
-seal = learner._seal
-def kill(tmp): seal(tmp) if '20' not in tmp.name else os.kill(os.getpid(), signal.SIGKILL)
-learner._seal = kill
+seal = checkpoints._seal
+def kill(tmp): seal(tmp) if learn.step == 10 else os.kill(os.getpid(), signal.SIGKILL)
+checkpoints._seal = kill
 '''), -signal.SIGKILL)
     box = tmp_path/'checkpoints'
-    assert [d.name for d in sorted(box.iterdir())] == ['step-00000010', 'tmp-step-00000020']
+    (whole, half) = sorted(d.name for d in box.iterdir())
+    assert whole == 'step-00000010' and half.startswith('tmp-')
     finish(start(tmp_path, mode='resume'))
     assert losses(tmp_path) == straight
     assert [d.name for d in sorted(box.iterdir())] == ['step-00000020', 'step-00000030']
@@ -102,10 +104,10 @@ learner._seal = kill
 def test_altered_checkpoint(straight, tmp_path):
     "One byte of the newest checkpoint is changed: said in one line, and the one before it gives the same run"
     finish(start(tmp_path))
-    f = tmp_path/'checkpoints/step-00000030/state.safetensors'
+    f = tmp_path/'checkpoints/step-00000030/state.pt'
     raw = bytearray(f.read_bytes()); raw[-1] ^= 1; f.write_bytes(raw)
     out, _ = finish(start(tmp_path, mode='resume'))
-    assert 'checkpoint step-00000030 is damaged: state.safetensors was altered (sha256 differs); using step-00000020' in out
+    assert 'checkpoint step-00000030 is damaged: state.pt was altered (sha256 differs); using step-00000020' in out
     assert losses(tmp_path) == straight
 
 @posix
@@ -149,9 +151,8 @@ def test_unwritable(tmp_path, where):
     if where.startswith('/proc') and not Path('/proc').is_dir(): pytest.skip('no /proc')
     (tmp_path/'file').write_text('')
     with pytest.raises(OSError, match='could not be written'):
-        learner.write_checkpoint(tmp_path/where, 1, lambda d: (d/'a').write_text('a'))
-    run = learner.Learner(torch.nn.Linear(1, 1), None, folder=tmp_path/where)
-    with pytest.raises(OSError, match='cannot write to .*: give Learner a folder'): run._open_folder()
+        write_checkpoint(tmp_path/where, 1, lambda d: (d/'a').write_text('a'))
+    with pytest.raises(OSError, match='cannot write to .*: give a folder'): FolderLock(tmp_path/where)
 
 AFTER2 = '''
 w = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
@@ -162,16 +163,27 @@ if learn.is_main: json.dump(ev, open(folder + '/eval.json', 'w'))
 '''
 NODROP = '''
 net = Net(); net.drop = nn.Identity() # each process has its own random numbers
+each = data.train.forever
+def forever(): # every other batch has few targets: a mean of means would be wrong
+    for i,(x,y) in enumerate(each()): yield x, y if i % 2 else torch.where(torch.arange(32) < 3, y, -100)
+data.train.forever = forever
 kw |= dict(opt=lambda ps, lr: torch.optim.SGD(ps, lr=lr*100))
 '''
 
-def torchrun(folder, extra='', mode='new'):
+STOP = '''
+class Stop(Callback):
+    def before_step(self):
+        if self.learn.step == 15: self.learn.parallel.wait(); os._exit(3)
+cbs = [Stop()]
+'''
+
+def torchrun(folder, extra='', mode='new', after='', collect=AFTER2):
     folder.mkdir(exist_ok=True)
-    (folder/'run.py').write_text(script(extra, AFTER2))
+    (folder/'run.py').write_text(script(extra, collect + after))
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', str(folder/'run.py'), mode, str(folder)]
     return subprocess.Popen(cmd, env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='needs gloo')
+@gloo
 def test_two_processes(tmp_path):
     "Two processes take the batches in turn, so they do what one does with `accumulate=2`; and a resumed pair goes on as one that was not stopped"
     import numpy as np
@@ -184,13 +196,52 @@ def test_two_processes(tmp_path):
     for p,q in zip(losses(one), losses(two)): assert {k: v or 0 for k,v in p.items()} == pytest.approx({k: v or 0 for k,v in q.items()}, rel=1e-4)
     assert json.loads((one/'eval.json').read_text()) == pytest.approx(json.loads((two/'eval.json').read_text()), rel=1e-4)
 
-    finish(torchrun(cut, '''
-class Stop(Callback):
-    def before_step(self):
-        if self.learn.step == 15: self.learn.accelerator.wait_for_everyone(); os._exit(3)
-cbs = [Stop()]
-'''), 1)
+    finish(torchrun(cut, STOP), 1)
     finish(torchrun(cut, mode='resume'))
     finish(torchrun(tmp_path/'whole'))
     assert newest_checkpoint(cut/'checkpoints').name == 'step-00000030'
     assert losses(cut) == losses(tmp_path/'whole')
+
+@gloo
+def test_one_bad_process(tmp_path):
+    "Only one process sees a NaN: both drop the step, take the same remedies, name the same culprit, and stay equal"
+    import numpy as np
+    out, _ = finish(torchrun(tmp_path, NODROP + '''
+class Bad(Callback):
+    def __init__(self, at): self.at = at
+    def after_pred(self):
+        if self.learn.step in self.at and self.learn.parallel.rank == 1: self.learn.preds = self.learn.preds*float('nan')
+mon = NumericalStabilityMonitor(calm=4)
+net.v_max = 3.
+cbs = [Bad((11, 12, 13)), mon]
+''', after='import atexit; json.dump([learn.lr_scale, net.v_max, mon.events], open(folder + f"/mon{os.environ[\'RANK\']}.json", "w"))'))
+    a, b = (json.loads((tmp_path/f'mon{i}.json').read_text()) for i in (0, 1))
+    assert a == b and a[:2] == [1., 3.] and (np.load(tmp_path/'w0.npy') == np.load(tmp_path/'w1.npy')).all()
+    assert 'NaN in logits of process 1' in a[2][0] and 'back at step-00000010' in a[2][2], a[2]
+
+@gloo
+def test_sharded(tmp_path):
+    "Weights spread over two processes: the losses are those of two whole copies, and the checkpoint is a whole model"
+    from safetensors.torch import load_file
+    net = NODROP.replace("opt=lambda ps, lr: torch.optim.SGD(ps, lr=lr*100)", "")
+    finish(torchrun(tmp_path/'whole', net))
+    finish(torchrun(tmp_path/'shards', net + 'kw |= dict(shard=True)', collect=''))
+    for p,q in zip(losses(tmp_path/'whole'), losses(tmp_path/'shards')): assert p['loss_total'] == pytest.approx(q['loss_total'], rel=1e-4)
+    a, b = (load_file(tmp_path/f'{n}/checkpoints/step-00000030/model.safetensors') for n in ('whole', 'shards'))
+    assert set(a) == set(b)
+    for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-4, rtol=1e-3)
+    finish(torchrun(tmp_path/'cut', net + 'kw |= dict(shard=True)' + STOP, collect=''), 1)
+    finish(torchrun(tmp_path/'cut', net + 'kw |= dict(shard=True)', 'resume', collect=''))
+    assert losses(tmp_path/'cut') == losses(tmp_path/'shards')
+
+@gloo
+@posix
+def test_a_killed_process_ends_all(tmp_path):
+    "One process is killed: the other says so and ends, instead of waiting for ever"
+    _, err = finish(torchrun(tmp_path, '''
+class Killed(Callback):
+    def before_step(self):
+        if self.learn.step == 15 and self.learn.parallel.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+cbs = [Killed()]
+'''), 1)
+    assert 'another process of this run has gone, so this one ends at step 15; start again with resume=True' in err or 'SIGTERM' in err, err
