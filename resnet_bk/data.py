@@ -88,28 +88,56 @@ def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
     return Corpus('stdlib-' + '.'.join(map(str, sys.version_info[:3])),
                   *split_bytes(b''.join(parts), valid_frac), sources)
 
+# %% ../nbs/00_data.ipynb #e6a66176
+_packed = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'PK\3\4': 'zip', b'(\xb5/\xfd': 'zstd'}
+_controls = bytes(i for i in range(32) if i not in b'\b\t\n\f\r\x1b') + b'\x7f'
+
+def _not_text(raw)->str: # why, or ''
+    "What these bytes are and what to do about it, unless they look like text in UTF-8 or one of its like."
+    kind = next((k for magic, k in _packed.items() if raw.startswith(magic)), None)
+    if kind: return f'is compressed ({kind}): unpack it first'
+    head, utf16 = raw[:8192], raw.startswith((b'\xff\xfe', b'\xfe\xff'))
+    if not utf16 and b'\0' in head:
+        even, odd = head[::2].count(0), head[1::2].count(0)   # UTF-16 has its zeros on one side
+        utf16 = max(even, odd) > 4*min(even, odd) and (even + odd)*8 > len(head)
+    if utf16: return 'is UTF-16: convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8'
+    strange = len(head) - len(head.translate(None, _controls))
+    return 'is binary: give text' if b'\0' in head or strange*128 > len(head) else ''
+
+# %% ../nbs/00_data.ipynb #c5ab66ab
+def _files(path):
+    "The files of a folder in the order of their names as bytes: the same on every machine."
+    found = ((f, f.relative_to(path)) for f in path.rglob('*') if f.is_file())
+    seen = [(os.fsencode(r.as_posix()), f) for f, r in found
+            if not any(p[0] == '.' or p == '__pycache__' for p in r.parts)]
+    return [f for _, f in sorted(seen)]
+
+def _texts(path):
+    "[(file, bytes)] of a file or folder. `ValueError` if there is no text."
+    if not path.is_dir():
+        raw = path.read_bytes()
+        if why := 'is empty: there is nothing to learn from' if not raw else _not_text(raw):
+            raise ValueError(f'{path} {why}')
+        return [(path, raw)]
+    raws = [(f, f.read_bytes()) for f in _files(path)]
+    bad = [f'{f} {why}' for f, raw in raws if (why := _not_text(raw))]
+    texts = [(f, raw) for f, raw in raws if raw and not _not_text(raw)]
+    if not texts:
+        raise ValueError(f'{path} holds no text files: ' + (bad or ['there is nothing to learn from'])[0])
+    if bad: warnings.warn(f'{path}: {len(bad)} of {len(raws)} files skipped; {bad[0]}')
+    return texts
+
 # %% ../nbs/00_data.ipynb #c0023
-def _read_path(path, valid_frac):
-    "A file, or every text file under a folder, as one corpus."
-    if path.is_file(): files = [path]
-    else:
-        files = sorted(f for f in path.rglob('*') if f.is_file()
-                       and not any(p[0] == '.' or p == '__pycache__' for p in f.relative_to(path).parts))
-    parts, sources, at = [], [], 0
-    for f in files:
-        raw = f.read_bytes()
-        if path.is_dir() and b'\0' in raw[:8192]:
-            warnings.warn(f'{f} is binary, skipped')
-            continue
-        if path.is_dir() and raw and raw[-1:] != b'\n': raw += b'\n'
+def _read_paths(paths, valid_frac):
+    "Files and folders as one corpus."
+    parts, sources, at, alone = [], [], 0, len(paths) == 1 and not paths[0].is_dir()
+    for f, raw in (t for p in paths for t in _texts(p)):
+        if not alone and raw[-1:] != b'\n': raw += b'\n'
         parts.append(raw)
         sources.append((str(f), at))
         at += len(raw)
-    if not at:
-        raise ValueError(f'{path} ' + ('is empty' if path.is_file() else 'holds no text files')
-                         + ': there is nothing to learn from')
-    return Corpus(path.stem if path.is_file() else path.name, *split_bytes(b''.join(parts), valid_frac),
-                  sources)
+    name = '+'.join([p.name if p.is_dir() else p.stem for p in paths][:2]) + '+…'*(len(paths) > 2)
+    return Corpus(name, *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0025
 _short = {'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1',
@@ -166,23 +194,37 @@ def _load_hub(name, valid_frac):
     return _from_splits(dd, repo, name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0033
-def load_corpus(name='stdlib',       # 'stdlib', a path, a short name or 'owner/name[:config][@revision]'
+def _find(name):
+    "The path that a name stands for, or None."
+    home, path = os.environ.get('RESNET_BK_DATA'), Path(name).expanduser()
+    near = [Path(home).expanduser()/(name + ext) for ext in ('.txt', '')] if home else []
+    return next((p for p in ([path] if path.is_absolute() else near + [path]) if p.exists()), None)
+
+def _no_file(name):
+    return FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or folder, "
+                             "or a Hub dataset such as 'wikitext-2'")
+
+# %% ../nbs/00_data.ipynb #70744a8b
+def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'owner/name[:config][@revision]'
                 valid_frac:float=0.1 # fraction kept for validation where the text has no split of its own
                )->Corpus:            # the text
     """Find a text by name: `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths,
     then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'.
     `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network,
-    `ValueError` for an empty one."""
+    `ValueError` for an empty name and for files that are empty, compressed, UTF-16 or binary."""
+    if isinstance(name, (list, tuple)):
+        paths = [_find(str(n)) if str(n).strip() else None for n in name]
+        if not paths: raise ValueError('no corpus: the list of paths is empty')
+        if None in paths: raise _no_file(repr(str(name[paths.index(None)])))
+        return _read_paths(paths, valid_frac)
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        raise ValueError(f"no corpus: {name!r} is not the name of one; give 'stdlib', the path of a text file "
+                         "or folder, or a Hub dataset")
     name = str(name)
     if name == 'stdlib': return stdlib_corpus(valid_frac)
-    home, path = os.environ.get('RESNET_BK_DATA'), Path(name).expanduser()
-    near = [Path(home).expanduser()/(name + ext) for ext in ('.txt', '')] if home else []
-    for p in [path] if path.is_absolute() else near + [path]:
-        if p.exists(): return _read_path(p, valid_frac)
-    looks_local = name[0] == '.' or path.suffix in ('.txt', '.md', '.py', '.text', '.tokens')
-    if looks_local or not _hub_name.fullmatch(name):
-        raise FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or "
-                                "folder, or a Hub dataset such as 'wikitext-2'")
+    if path := _find(name): return _read_paths([path], valid_frac)
+    looks_local = name[0] == '.' or Path(name).suffix in ('.txt', '.md', '.py', '.text', '.tokens')
+    if looks_local or not _hub_name.fullmatch(name): raise _no_file(name)
     return _load_hub(name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0044
