@@ -218,8 +218,8 @@ def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'o
         if None in paths: raise _no_file(repr(str(name[paths.index(None)])))
         return _read_paths(paths, valid_frac)
     if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
-        raise ValueError(f"no corpus: {name!r} is not the name of one; give 'stdlib', the path of a text file "
-                         "or folder, or a Hub dataset")
+        raise ValueError(f"no corpus: {name!r} is not the name of one; give 'stdlib', the path of a text "
+                         "file or folder, or a Hub dataset")
     name = str(name)
     if name == 'stdlib': return stdlib_corpus(valid_frac)
     if path := _find(name): return _read_paths([path], valid_frac)
@@ -230,8 +230,9 @@ def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'o
 # %% ../nbs/00_data.ipynb #c0044
 class Tokenizer:
     """Text to token ids and back.
-    A subclass gives `name`, `vocab_size`, `lossless`, `encode`, `decode` and `to_json`."""
-    name, vocab_size, lossless = 'base', 0, True
+    A subclass gives `name`, `vocab_size`, `encode`, `decode` and `to_json`. `lossless`: whether the text
+    comes back as it was; `LMData.from_corpus` measures it (None: nobody has yet)."""
+    name, vocab_size, lossless = 'base', 0, None
     def encode(self, text)->np.ndarray: raise NotImplementedError
     def decode(self, ids)->str: raise NotImplementedError
     def to_json(self)->str: raise NotImplementedError
@@ -248,11 +249,21 @@ class Tokenizer:
         return ids
 
 # %% ../nbs/00_data.ipynb #c0048
-def _as_bytes(text): return text.encode('utf-8', 'surrogateescape') if isinstance(text, str) else bytes(text)
+_not_a_byte = re.compile(r'[\ud800-\udc7f\udd00-\udfff]') # lone surrogates but those that stand for a byte
+
+def _as_bytes(text)->bytes:
+    "UTF-8. Bytes that Python escaped as surrogates (PEP 383) are themselves again, other surrogates `�`."
+    if not isinstance(text, str): return bytes(text)
+    try: return text.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError: return _not_a_byte.sub('�', text).encode('utf-8', 'surrogateescape')
+
+def _as_text(text)->str:
+    "A string that every encoding of Unicode can write: what is no character is `�`."
+    return _as_bytes(text).decode('utf-8', 'replace')
 
 class ByteTokenizer(Tokenizer):
     "One token a byte."
-    name, vocab_size = 'bytes', 256
+    name, vocab_size, lossless = 'bytes', 256, True
     def encode(self, text)->np.ndarray: return np.frombuffer(_as_bytes(text), np.uint8).astype(np.int64)
     def decode(self, ids)->str: return self._ids(ids).astype(np.uint8).tobytes().decode('utf-8', 'replace')
     def to_json(self)->str: return json.dumps({'kind': 'bytes'})
@@ -269,7 +280,7 @@ class CharTokenizer(Tokenizer):
         self.table[codes] = np.arange(1, self.vocab_size)
 
     def encode(self, text)->np.ndarray:
-        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+        codes = np.frombuffer(_as_text(text).encode('utf-32-le'), np.uint32)
         return self.table[np.minimum(codes, len(self.table) - 1)]
     def decode(self, ids)->str: return ''.join(self.vocab[i-1] if i else '�' for i in self._ids(ids))
     def to_json(self)->str: return json.dumps({'kind': 'chars', 'vocab': self.vocab})
@@ -277,13 +288,13 @@ class CharTokenizer(Tokenizer):
 # %% ../nbs/00_data.ipynb #c0054
 class WordTokenizer(Tokenizer):
     "One token a word between white space; id 0 is `<unk>`."
-    name, lossless = 'words', False
+    name = 'words'
     def __init__(self, vocab): # the known words, without <unk>
         self.vocab = list(vocab)
         self.vocab_size, self.ids = len(self.vocab) + 1, {w: i for i, w in enumerate(self.vocab, 1)}
 
     def encode(self, text)->np.ndarray:
-        words = text.split()
+        words = _as_text(text).split()
         return np.fromiter(map(self.ids.get, words, repeat(0)), np.int64, len(words))
     def decode(self, ids)->str: return ' '.join(self.vocab[i-1] if i else '<unk>' for i in self._ids(ids))
     def to_json(self)->str: return json.dumps({'kind': 'words', 'vocab': self.vocab})
@@ -293,10 +304,11 @@ class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding; wraps a `tokenizers.Tokenizer`."
     name = 'bpe'
     def __init__(self, tok): # a tokenizers.Tokenizer
-        self.tok, self.vocab_size = tok, tok.get_vocab_size()
+        # ids may have gaps: the largest counts
+        self.tok, self.vocab_size = tok, max(tok.get_vocab().values(), default=-1) + 1
 
     def encode(self, text)->np.ndarray:
-        lines = self.tok.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
+        lines = self.tok.encode_batch(_as_text(text).splitlines(keepends=True), add_special_tokens=False)
         return np.concatenate([np.zeros(0, np.int64)] + [np.array(l.ids, np.int64) for l in lines])
     def decode(self, ids)->str: return self.tok.decode(self._ids(ids).tolist(), skip_special_tokens=False)
     def to_json(self)->str: return self.tok.to_str()
@@ -331,13 +343,22 @@ def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
         raise ValueError(f"tokenizer {kind!r} is built from text: give text= with at least one character")
     if vocab_size is not None and vocab_size < 2:
         raise ValueError(f'vocab_size={vocab_size}: give at least 2, <unk> and one more')
-    if not isinstance(text, str): text = Corpus('text', text, b'').text()
+    text = _as_text(text) if isinstance(text, str) else Corpus('text', text, b'').text()
     if kind == 'bpe': return _train_bpe(text, vocab_size or 4096)
     if kind == 'chars':
         return CharTokenizer(sorted(c for c, _ in Counter(text).most_common(vocab_size and vocab_size - 1)))
     counts = Counter(text.split())
     counts.pop('<unk>', None)  # WikiText marks its own unknown words: the same id 0
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
+
+# %% ../nbs/00_data.ipynb #327cabe0
+@patch
+def is_lossless_on(self:Tokenizer,
+                   text   # `str`, or `bytes` of UTF-8
+                  )->bool:# whether decoding gives the text back
+    "Encode, decode, compare."
+    if isinstance(self, ByteTokenizer): return True
+    return _as_bytes(self.decode(self.encode(text))) == _as_bytes(text)
 
 # %% ../nbs/00_data.ipynb #c0066
 @patch

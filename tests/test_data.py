@@ -2,7 +2,8 @@
 import gzip, json, os, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np, pytest
-from resnet_bk.data import Corpus, load_corpus
+from hypothesis import given, settings, strategies as st
+from resnet_bk.data import BPETokenizer, Corpus, get_tokenizer, load_corpus, load_tokenizer
 
 TEXT = 'the cat sat on the mat\n'*900
 NOT_TEXT = {'gz.txt': gzip.compress(TEXT.encode()), 'utf16.txt': TEXT.encode('utf-16'), 'nobom.txt': TEXT.encode('utf-16-le'), 'russian.txt': ('кот сидел на ковре\n'*99).encode('utf-16-be'),
@@ -41,3 +42,65 @@ def test_no_name_is_no_corpus(tmp_path, monkeypatch):
     Path('empty.txt').touch()
     for empty in ('empty.txt', ['t.txt', 'empty.txt']):
         with pytest.raises(ValueError, match='empty.txt is empty'): load_corpus(empty)
+
+# ---- tokenisers
+
+KINDS = ['bytes', 'chars', 'words', 'bpe']
+HUB = ['metaspace', 'wordpiece', 'byte fallback', 'suffix', 'plain'] # how vocabularies from elsewhere mark what is between words
+
+def hub(kind): # small tokenisers of the `tokenizers` library, made like those on the Hub
+    from tokenizers import Tokenizer, decoders as d, models, normalizers, pre_tokenizers as p
+    letters = list('abcdeé語') + ['ab', 'the', '.', ',', '�']
+    if kind == 'metaspace':
+        t = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>', '▁', '▁the', '▁▁'] + letters)}, [], unk_token='<unk>'))
+        t.pre_tokenizer, t.decoder = p.Metaspace(), d.Metaspace()
+    if kind == 'wordpiece':
+        t = Tokenizer(models.WordPiece({w: i for i,w in enumerate(['[UNK]'] + letters + ['##' + w for w in letters])}, unk_token='[UNK]'))
+        t.normalizer, t.pre_tokenizer, t.decoder = normalizers.Lowercase(), p.BertPreTokenizer(), d.WordPiece()
+    if kind == 'byte fallback':
+        t = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>', '▁', '▁▁'] + [f'<0x{i:02X}>' for i in range(256)] + letters)}, [], unk_token='<unk>', byte_fallback=True))
+        t.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+        t.decoder = d.Sequence([d.Replace('▁', ' '), d.ByteFallback(), d.Fuse(), d.Strip(' ', 1, 0)])
+    if kind == 'suffix':
+        t = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>'] + letters + [w + '</w>' for w in letters])}, [], unk_token='<unk>', end_of_word_suffix='</w>'))
+        t.pre_tokenizer, t.decoder = p.Whitespace(), d.BPEDecoder()
+    if kind == 'plain':
+        t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(['<unk>'] + letters)}, unk_token='<unk>'))
+        t.pre_tokenizer = p.Whitespace()
+    t.add_special_tokens(['<|end of text|>'])
+    return BPETokenizer(t)
+
+@pytest.fixture(scope='module')
+def toks(): return {k: get_tokenizer(k, 'the café, the ψ and the 語 😀\n'*50 + 'abc\x00 \n\n  ', 300 if k == 'bpe' else None) for k in KINDS} | {k: hub(k) for k in HUB}
+
+CUT = ['caf\udcc3', '\udc80', '\ud800', '\udfff x', 'a\ud83d', '\ud83d\ude00', b'caf\xc3', b'\xff\xfe', '']
+@pytest.mark.parametrize('kind', KINDS + HUB)
+@pytest.mark.parametrize('text', CUT, ids=ascii)
+def test_a_cut_character_is_no_traceback(toks, kind, text):
+    ids = toks[kind].encode(text)
+    assert ids.dtype.kind in 'iu' and ids.ndim == 1
+    toks[kind].decode(ids).encode('utf-8')
+
+@pytest.mark.parametrize('text, raw', [('caf\udcc3', b'caf\xc3'), ('\udc80\udcff', b'\x80\xff'), (b'\xff\xfe', b'\xff\xfe'), ('a\ud800', 'a\ufffd'.encode()), ('\udc7f\udd00', '\ufffd\ufffd'.encode())], ids=ascii)
+def test_bytes_are_taken_as_they_are(toks, text, raw): assert bytes(toks['bytes'].encode(text).tolist()) == raw
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_vocabulary_from_cut_text(kind, tmp_path):
+    t = get_tokenizer(kind, 'caf\udcc3 \ud800 noir\n'*9)
+    t.save(tmp_path)
+    assert load_tokenizer(tmp_path) == t
+    assert t.encode('noir').size
+
+@settings(max_examples=150, deadline=None)
+@given(st.text())
+def test_bytes_and_byte_pairs_give_every_text_back(toks, text):
+    for k in ('bytes', 'bpe'):
+        assert toks[k].decode(toks[k].encode(text)) == text
+        assert toks[k].is_lossless_on(text)
+    assert toks['words'].is_lossless_on(text) == (toks['words'].decode(toks['words'].encode(text)) == text)
+
+def test_lossless_is_measured(toks):
+    known, unknown = 'the café', 'the xyz'
+    assert toks['chars'].is_lossless_on(known) and not toks['chars'].is_lossless_on(unknown)
+    assert toks['words'].is_lossless_on('the and') and not toks['words'].is_lossless_on('the  and')
+    assert toks['wordpiece'].is_lossless_on('the ab') and not toks['wordpiece'].is_lossless_on('THE ab')
