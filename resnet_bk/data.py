@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer', 'ByteTokenizer', 'CharTokenizer',
-           'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'bits_per_byte', 'Floors',
-           'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
+           'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'StreamDecoder', 'bits_per_byte',
+           'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
 
 # %% ../nbs/00_data.ipynb #c0005
-import hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
+import codecs, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
 import numpy as np, torch
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from fastcore.basics import patch, store_attr
 from tqdm.auto import tqdm
@@ -389,6 +389,104 @@ def load_tokenizer(folder     # the folder a tokeniser was saved in, or the file
     if kind != 'bpe': raise ValueError(f'{file} is no tokenizer file: it has neither "kind" nor "model"')
     from tokenizers import Tokenizer as Tok
     return BPETokenizer(Tok.from_str(text))
+
+# %% ../nbs/00_data.ipynb #8b57913b
+class StreamDecoder:
+    """Tokens in, text out; the pieces join up to `tokenizer.decode` of all. `Tokenizer.stream` makes one.
+    A tokeniser with no streaming form of its own gives its text at the end."""
+    def __init__(self, tokenizer): self.tokenizer, self.held = tokenizer, []
+    def push(self,
+             token # id: int, or a tensor of one element
+            )->str:# the text that is certain now, '' while a character is incomplete
+        "One more token. `ValueError` if it is not in the vocabulary."
+        return self._push(int(self.tokenizer._ids([int(token)])[0]))
+    def flush(self)->str: # what was held back
+        "The end of the text; afterwards a new one may begin."
+        text, self.held = self._rest(), []
+        return text
+    def _push(self, i):
+        self.held.append(i)
+        return ''
+    def _rest(self): return self.tokenizer.decode(self.held)
+
+@patch
+def stream(self:Tokenizer)->StreamDecoder:
+    "A decoder for tokens that come one at a time."
+    return StreamDecoder(self)
+
+# %% ../nbs/00_data.ipynb #5d219cef
+class _ByteStream(StreamDecoder):
+    "Tokens that stand for bytes: those of one character wait for each other."
+    def __init__(self, tokenizer, piece): # piece: id -> bytes
+        super().__init__(tokenizer)
+        self.piece, self.utf8 = piece, codecs.getincrementaldecoder('utf-8')('replace')
+    def _push(self, i): return self.utf8.decode(self.piece(i))
+    def _rest(self):
+        text = self.utf8.decode(b'', True)
+        self.utf8.reset()
+        return text
+
+class _PieceStream(StreamDecoder):
+    "Tokens whose texts are joined by `sep`."
+    def __init__(self, tokenizer, sep):
+        super().__init__(tokenizer)
+        self.sep, self.next = sep, ''
+    def _push(self, i):
+        text, self.next = self.next + self.tokenizer.decode([i]), self.sep
+        return text
+    def _rest(self):
+        self.next = ''
+        return ''
+
+@patch
+def stream(self:ByteTokenizer)->StreamDecoder: return _ByteStream(self, lambda i: bytes([i]))
+@patch
+def stream(self:CharTokenizer)->StreamDecoder: return _PieceStream(self, '')
+@patch
+def stream(self:WordTokenizer)->StreamDecoder: return _PieceStream(self, ' ')
+
+# %% ../nbs/00_data.ipynb #beeb8311
+def _byte_of():
+    "{visible character: byte}, the alphabet of byte-level BPE (Radford et al. 2019)."
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(rest)}
+_byte_of = _byte_of()
+
+@patch
+def _bytes_of(self:BPETokenizer, i):
+    word = self.tok.id_to_token(i) or ''
+    try: return bytes(_byte_of[c] for c in word)
+    except KeyError: return word.encode()                    # an added token, such as a mark of the end
+
+# %% ../nbs/00_data.ipynb #33e184ea
+class _LocalStream(StreamDecoder):
+    "Tokens read by means of themselves, the one before and whether they begin the text."
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        visible = (i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isalnum())
+        self.anchor, self.before = [*islice(visible, 1)], [] # before: anchor and last token
+    def _push(self, i):
+        word = self.tokenizer.tok.id_to_token(i)
+        if word is None: return ''
+        self.held.append(i)
+        if re.fullmatch('<0x..>', word): return ''
+        text = self._new()
+        if (not text and not self.before) or (text.endswith('�') and len(self.held) < 8): return ''
+        self.before, self.held = [*self.anchor, i], []
+        return text
+    def _new(self):
+        decode = self.tokenizer.decode
+        return decode(self.before + self.held)[len(decode(self.before)):]
+    def _rest(self):
+        text, self.before = self._new(), []
+        return text
+
+@patch
+def stream(self:BPETokenizer)->StreamDecoder:
+    from tokenizers.decoders import ByteLevel
+    if isinstance(self.tok.decoder, ByteLevel): return _ByteStream(self, self._bytes_of)
+    return _LocalStream(self)
 
 # %% ../nbs/00_data.ipynb #c0073
 def bits_per_byte(nats,                      # cross entropy, nats per token

@@ -1,9 +1,9 @@
 "Text, tokenisers, caches and batches under what users do: other encodings, cut characters, several processes, damage."
 import gzip, json, os, subprocess, sys, warnings
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from resnet_bk.data import BPETokenizer, Corpus, get_tokenizer, load_corpus, load_tokenizer
+from resnet_bk.data import BPETokenizer, Corpus, get_tokenizer, load_corpus, load_tokenizer, Tokenizer
 
 TEXT = 'the cat sat on the mat\n'*900
 NOT_TEXT = {'gz.txt': gzip.compress(TEXT.encode()), 'utf16.txt': TEXT.encode('utf-16'), 'nobom.txt': TEXT.encode('utf-16-le'), 'russian.txt': ('кот сидел на ковре\n'*99).encode('utf-16-be'),
@@ -46,11 +46,12 @@ def test_no_name_is_no_corpus(tmp_path, monkeypatch):
 # ---- tokenisers
 
 KINDS = ['bytes', 'chars', 'words', 'bpe']
-HUB = ['metaspace', 'wordpiece', 'byte fallback', 'suffix', 'plain'] # how vocabularies from elsewhere mark what is between words
+HUB = ['byte level', 'metaspace', 'wordpiece', 'byte fallback', 'suffix', 'plain'] # how vocabularies from elsewhere mark what is between words
 
 def hub(kind): # small tokenisers of the `tokenizers` library, made like those on the Hub
     from tokenizers import Tokenizer, decoders as d, models, normalizers, pre_tokenizers as p
     letters = list('abcdeé語') + ['ab', 'the', '.', ',', '�']
+    if kind == 'byte level': t = get_tokenizer('bpe', 'the café, the ψ'*50, 270).tok
     if kind == 'metaspace':
         t = Tokenizer(models.BPE({w: i for i,w in enumerate(['<unk>', '▁', '▁the', '▁▁'] + letters)}, [], unk_token='<unk>'))
         t.pre_tokenizer, t.decoder = p.Metaspace(), d.Metaspace()
@@ -67,7 +68,7 @@ def hub(kind): # small tokenisers of the `tokenizers` library, made like those o
     if kind == 'plain':
         t = Tokenizer(models.WordLevel({w: i for i,w in enumerate(['<unk>'] + letters)}, unk_token='<unk>'))
         t.pre_tokenizer = p.Whitespace()
-    t.add_special_tokens(['<|end of text|>'])
+    t.add_special_tokens(['<|end of text|>', 'é!'])
     return BPETokenizer(t)
 
 @pytest.fixture(scope='module')
@@ -104,3 +105,56 @@ def test_lossless_is_measured(toks):
     assert toks['chars'].is_lossless_on(known) and not toks['chars'].is_lossless_on(unknown)
     assert toks['words'].is_lossless_on('the and') and not toks['words'].is_lossless_on('the  and')
     assert toks['wordpiece'].is_lossless_on('the ab') and not toks['wordpiece'].is_lossless_on('THE ab')
+
+# ---- streaming
+
+def joined(tok, ids):
+    d = tok.stream()
+    return ''.join([d.push(i) for i in ids] + [d.flush()])
+
+@pytest.mark.parametrize('kind', KINDS + HUB)
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_the_stream_joins_up_to_decode(toks, kind, data):
+    t = toks[kind]
+    ids = data.draw(st.lists(st.integers(0, t.vocab_size - 1), max_size=40))
+    d = t.stream()
+    for part in (ids, ids[::-1]): # a decoder may be used again after flush
+        assert ''.join([d.push(i) for i in part] + [d.flush()]) == t.decode(part)
+
+@pytest.mark.parametrize('kind', KINDS + HUB)
+@settings(max_examples=100, deadline=None)
+@given(text=st.text('abcdéthe 語😀.,\n'))
+def test_text_streams(toks, kind, text):
+    ids = toks[kind].encode(text)
+    assert joined(toks[kind], ids) == toks[kind].decode(ids)
+
+@pytest.mark.parametrize('kind', ['bytes', 'bpe', 'byte fallback'])
+def test_a_character_comes_when_it_is_complete(toks, kind):
+    d, t, seen, said = toks[kind].stream(), toks[kind], [], ''
+    for i in t.encode('ab 😀 cd'):
+        said += d.push(i)
+        assert '�' not in said
+    assert said.strip() + d.flush() == 'ab 😀 cd'
+
+@pytest.mark.parametrize('kind', KINDS + HUB)
+def test_the_cost_of_a_token_is_constant(toks, kind, monkeypatch):
+    t, longest = toks[kind], []
+    decode = type(t).decode
+    monkeypatch.setattr(type(t), 'decode', lambda self, ids: longest.append(len(ids)) or decode(self, ids))
+    d, ids = t.stream(), [i for i in range(t.vocab_size) if not (kind == 'byte fallback' and t.tok.id_to_token(i).startswith('<0x'))]
+    for i in ids*20: d.push(np.int64(i))
+    assert max(longest, default=0) <= 10 and len(d.held) <= 8
+
+def test_a_tokeniser_of_ones_own_streams_too():
+    class Bits(Tokenizer):
+        name, vocab_size = 'bits', 2
+        def encode(self, text): return np.unpackbits(np.frombuffer(text.encode(), np.uint8))
+        def decode(self, ids): return np.packbits(self._ids(ids).astype(np.uint8)).tobytes().decode()
+    assert joined(Bits(), Bits().encode('é bit')) == 'é bit'
+
+@pytest.mark.parametrize('kind', KINDS + HUB)
+def test_a_token_outside_the_vocabulary_is_refused(toks, kind):
+    for i in (-1, toks[kind].vocab_size):
+        with pytest.raises(ValueError, match='takes 0 to'): toks[kind].stream().push(i)
+    assert joined(toks[kind], [torch.tensor(1), torch.tensor([2]), np.uint16(3)]) == toks[kind].decode([1, 2, 3])
