@@ -12,7 +12,7 @@ import codecs, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnin
 import numpy as np, torch
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import repeat
 from pathlib import Path
 from fastcore.basics import patch, store_attr
 from tqdm.auto import tqdm
@@ -464,8 +464,7 @@ class _LocalStream(StreamDecoder):
     "Tokens read by means of themselves, the one before and whether they begin the text."
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
-        visible = (i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).isalnum())
-        self.anchor, self.before = [*islice(visible, 1)], [] # before: anchor and last token
+        self.before = []                                     # the last token, once there is text
     def _push(self, i):
         word = self.tokenizer.tok.id_to_token(i)
         if word is None: return ''
@@ -473,7 +472,7 @@ class _LocalStream(StreamDecoder):
         if re.fullmatch('<0x..>', word): return ''
         text = self._new()
         if (not text and not self.before) or (text.endswith('�') and len(self.held) < 8): return ''
-        self.before, self.held = [*self.anchor, i], []
+        self.before, self.held = [i], []
         return text
     def _new(self):
         decode = self.tokenizer.decode

@@ -113,7 +113,7 @@ def joined(tok, ids):
     return ''.join([d.push(i) for i in ids] + [d.flush()])
 
 @pytest.mark.parametrize('kind', KINDS + HUB)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_the_stream_joins_up_to_decode(toks, kind, data):
     t = toks[kind]
