@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer', 'ByteTokenizer', 'CharTokenizer',
-           'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'bits_per_byte', 'Floors',
-           'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
+           'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'StreamDecoder', 'bits_per_byte',
+           'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
 
 # %% ../nbs/00_data.ipynb #c0005
-import hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
+import codecs, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
 import numpy as np, torch
 from collections import Counter
 from dataclasses import dataclass, field
@@ -88,28 +88,56 @@ def stdlib_corpus(valid_frac:float=0.1,   # fraction kept for validation
     return Corpus('stdlib-' + '.'.join(map(str, sys.version_info[:3])),
                   *split_bytes(b''.join(parts), valid_frac), sources)
 
+# %% ../nbs/00_data.ipynb #e6a66176
+_packed = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\0': 'xz', b'PK\3\4': 'zip', b'(\xb5/\xfd': 'zstd'}
+_controls = bytes(i for i in range(32) if i not in b'\b\t\n\f\r\x1b') + b'\x7f'
+
+def _not_text(raw)->str: # why, or ''
+    "What these bytes are and what to do about it, unless they look like text in UTF-8 or one of its like."
+    kind = next((k for magic, k in _packed.items() if raw.startswith(magic)), None)
+    if kind: return f'is compressed ({kind}): unpack it first'
+    head, utf16 = raw[:8192], raw.startswith((b'\xff\xfe', b'\xfe\xff'))
+    if not utf16 and b'\0' in head:
+        even, odd = head[::2].count(0), head[1::2].count(0)   # UTF-16 has its zeros on one side
+        utf16 = max(even, odd) > 4*min(even, odd) and (even + odd)*8 > len(head)
+    if utf16: return 'is UTF-16: convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8'
+    strange = len(head) - len(head.translate(None, _controls))
+    return 'is binary: give text' if b'\0' in head or strange*128 > len(head) else ''
+
+# %% ../nbs/00_data.ipynb #c5ab66ab
+def _files(path):
+    "The files of a folder in the order of their names as bytes: the same on every machine."
+    found = ((f, f.relative_to(path)) for f in path.rglob('*') if f.is_file())
+    seen = [(os.fsencode(r.as_posix()), f) for f, r in found
+            if not any(p[0] == '.' or p == '__pycache__' for p in r.parts)]
+    return [f for _, f in sorted(seen)]
+
+def _texts(path):
+    "[(file, bytes)] of a file or folder. `ValueError` if there is no text."
+    if not path.is_dir():
+        raw = path.read_bytes()
+        if why := 'is empty: there is nothing to learn from' if not raw else _not_text(raw):
+            raise ValueError(f'{path} {why}')
+        return [(path, raw)]
+    raws = [(f, f.read_bytes()) for f in _files(path)]
+    bad = [f'{f} {why}' for f, raw in raws if (why := _not_text(raw))]
+    texts = [(f, raw) for f, raw in raws if raw and not _not_text(raw)]
+    if not texts:
+        raise ValueError(f'{path} holds no text files: ' + (bad or ['there is nothing to learn from'])[0])
+    if bad: warnings.warn(f'{path}: {len(bad)} of {len(raws)} files skipped; {bad[0]}')
+    return texts
+
 # %% ../nbs/00_data.ipynb #c0023
-def _read_path(path, valid_frac):
-    "A file, or every text file under a folder, as one corpus."
-    if path.is_file(): files = [path]
-    else:
-        files = sorted(f for f in path.rglob('*') if f.is_file()
-                       and not any(p[0] == '.' or p == '__pycache__' for p in f.relative_to(path).parts))
-    parts, sources, at = [], [], 0
-    for f in files:
-        raw = f.read_bytes()
-        if path.is_dir() and b'\0' in raw[:8192]:
-            warnings.warn(f'{f} is binary, skipped')
-            continue
-        if path.is_dir() and raw and raw[-1:] != b'\n': raw += b'\n'
+def _read_paths(paths, valid_frac):
+    "Files and folders as one corpus."
+    parts, sources, at, alone = [], [], 0, len(paths) == 1 and not paths[0].is_dir()
+    for f, raw in (t for p in paths for t in _texts(p)):
+        if not alone and raw[-1:] != b'\n': raw += b'\n'
         parts.append(raw)
         sources.append((str(f), at))
         at += len(raw)
-    if not at:
-        raise ValueError(f'{path} ' + ('is empty' if path.is_file() else 'holds no text files')
-                         + ': there is nothing to learn from')
-    return Corpus(path.stem if path.is_file() else path.name, *split_bytes(b''.join(parts), valid_frac),
-                  sources)
+    name = '+'.join([p.name if p.is_dir() else p.stem for p in paths][:2]) + '+…'*(len(paths) > 2)
+    return Corpus(name, *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0025
 _short = {'wikitext-2': 'Salesforce/wikitext:wikitext-2-v1',
@@ -166,30 +194,45 @@ def _load_hub(name, valid_frac):
     return _from_splits(dd, repo, name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0033
-def load_corpus(name='stdlib',       # 'stdlib', a path, a short name or 'owner/name[:config][@revision]'
+def _find(name):
+    "The path that a name stands for, or None."
+    home, path = os.environ.get('RESNET_BK_DATA'), Path(name).expanduser()
+    near = [Path(home).expanduser()/(name + ext) for ext in ('.txt', '')] if home else []
+    return next((p for p in ([path] if path.is_absolute() else near + [path]) if p.exists()), None)
+
+def _no_file(name):
+    return FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or folder, "
+                             "or a Hub dataset such as 'wikitext-2'")
+
+# %% ../nbs/00_data.ipynb #70744a8b
+def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'owner/name[:config][@revision]'
                 valid_frac:float=0.1 # fraction kept for validation where the text has no split of its own
                )->Corpus:            # the text
     """Find a text by name: `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths,
     then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'.
     `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network,
-    `ValueError` for an empty one."""
+    `ValueError` for an empty name and for files that are empty, compressed, UTF-16 or binary."""
+    if isinstance(name, (list, tuple)):
+        paths = [_find(str(n)) if str(n).strip() else None for n in name]
+        if not paths: raise ValueError('no corpus: the list of paths is empty')
+        if None in paths: raise _no_file(repr(str(name[paths.index(None)])))
+        return _read_paths(paths, valid_frac)
+    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+        raise ValueError(f"no corpus: {name!r} is not the name of one; give 'stdlib', the path of a text "
+                         "file or folder, or a Hub dataset")
     name = str(name)
     if name == 'stdlib': return stdlib_corpus(valid_frac)
-    home, path = os.environ.get('RESNET_BK_DATA'), Path(name).expanduser()
-    near = [Path(home).expanduser()/(name + ext) for ext in ('.txt', '')] if home else []
-    for p in [path] if path.is_absolute() else near + [path]:
-        if p.exists(): return _read_path(p, valid_frac)
-    looks_local = name[0] == '.' or path.suffix in ('.txt', '.md', '.py', '.text', '.tokens')
-    if looks_local or not _hub_name.fullmatch(name):
-        raise FileNotFoundError(f"no file or folder {name}: give 'stdlib', the path of a text file or "
-                                "folder, or a Hub dataset such as 'wikitext-2'")
+    if path := _find(name): return _read_paths([path], valid_frac)
+    looks_local = name[0] == '.' or Path(name).suffix in ('.txt', '.md', '.py', '.text', '.tokens')
+    if looks_local or not _hub_name.fullmatch(name): raise _no_file(name)
     return _load_hub(name, valid_frac)
 
 # %% ../nbs/00_data.ipynb #c0044
 class Tokenizer:
     """Text to token ids and back.
-    A subclass gives `name`, `vocab_size`, `lossless`, `encode`, `decode` and `to_json`."""
-    name, vocab_size, lossless = 'base', 0, True
+    A subclass gives `name`, `vocab_size`, `encode`, `decode` and `to_json`. `lossless`: whether the text
+    comes back as it was; `LMData.from_corpus` measures it (None: nobody has yet)."""
+    name, vocab_size, lossless = 'base', 0, None
     def encode(self, text)->np.ndarray: raise NotImplementedError
     def decode(self, ids)->str: raise NotImplementedError
     def to_json(self)->str: raise NotImplementedError
@@ -206,11 +249,21 @@ class Tokenizer:
         return ids
 
 # %% ../nbs/00_data.ipynb #c0048
-def _as_bytes(text): return text.encode('utf-8', 'surrogateescape') if isinstance(text, str) else bytes(text)
+_not_a_byte = re.compile(r'[\ud800-\udc7f\udd00-\udfff]') # lone surrogates but those that stand for a byte
+
+def _as_bytes(text)->bytes:
+    "UTF-8. Bytes that Python escaped as surrogates (PEP 383) are themselves again, other surrogates `�`."
+    if not isinstance(text, str): return bytes(text)
+    try: return text.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError: return _not_a_byte.sub('�', text).encode('utf-8', 'surrogateescape')
+
+def _as_text(text)->str:
+    "A string that every encoding of Unicode can write: what is no character is `�`."
+    return _as_bytes(text).decode('utf-8', 'replace')
 
 class ByteTokenizer(Tokenizer):
     "One token a byte."
-    name, vocab_size = 'bytes', 256
+    name, vocab_size, lossless = 'bytes', 256, True
     def encode(self, text)->np.ndarray: return np.frombuffer(_as_bytes(text), np.uint8).astype(np.int64)
     def decode(self, ids)->str: return self._ids(ids).astype(np.uint8).tobytes().decode('utf-8', 'replace')
     def to_json(self)->str: return json.dumps({'kind': 'bytes'})
@@ -227,7 +280,7 @@ class CharTokenizer(Tokenizer):
         self.table[codes] = np.arange(1, self.vocab_size)
 
     def encode(self, text)->np.ndarray:
-        codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+        codes = np.frombuffer(_as_text(text).encode('utf-32-le'), np.uint32)
         return self.table[np.minimum(codes, len(self.table) - 1)]
     def decode(self, ids)->str: return ''.join(self.vocab[i-1] if i else '�' for i in self._ids(ids))
     def to_json(self)->str: return json.dumps({'kind': 'chars', 'vocab': self.vocab})
@@ -235,13 +288,13 @@ class CharTokenizer(Tokenizer):
 # %% ../nbs/00_data.ipynb #c0054
 class WordTokenizer(Tokenizer):
     "One token a word between white space; id 0 is `<unk>`."
-    name, lossless = 'words', False
+    name = 'words'
     def __init__(self, vocab): # the known words, without <unk>
         self.vocab = list(vocab)
         self.vocab_size, self.ids = len(self.vocab) + 1, {w: i for i, w in enumerate(self.vocab, 1)}
 
     def encode(self, text)->np.ndarray:
-        words = text.split()
+        words = _as_text(text).split()
         return np.fromiter(map(self.ids.get, words, repeat(0)), np.int64, len(words))
     def decode(self, ids)->str: return ' '.join(self.vocab[i-1] if i else '<unk>' for i in self._ids(ids))
     def to_json(self)->str: return json.dumps({'kind': 'words', 'vocab': self.vocab})
@@ -251,10 +304,11 @@ class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding; wraps a `tokenizers.Tokenizer`."
     name = 'bpe'
     def __init__(self, tok): # a tokenizers.Tokenizer
-        self.tok, self.vocab_size = tok, tok.get_vocab_size()
+        # ids may have gaps: the largest counts
+        self.tok, self.vocab_size = tok, max(tok.get_vocab().values(), default=-1) + 1
 
     def encode(self, text)->np.ndarray:
-        lines = self.tok.encode_batch(text.splitlines(keepends=True), add_special_tokens=False)
+        lines = self.tok.encode_batch(_as_text(text).splitlines(keepends=True), add_special_tokens=False)
         return np.concatenate([np.zeros(0, np.int64)] + [np.array(l.ids, np.int64) for l in lines])
     def decode(self, ids)->str: return self.tok.decode(self._ids(ids).tolist(), skip_special_tokens=False)
     def to_json(self)->str: return self.tok.to_str()
@@ -289,13 +343,22 @@ def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
         raise ValueError(f"tokenizer {kind!r} is built from text: give text= with at least one character")
     if vocab_size is not None and vocab_size < 2:
         raise ValueError(f'vocab_size={vocab_size}: give at least 2, <unk> and one more')
-    if not isinstance(text, str): text = Corpus('text', text, b'').text()
+    text = _as_text(text) if isinstance(text, str) else Corpus('text', text, b'').text()
     if kind == 'bpe': return _train_bpe(text, vocab_size or 4096)
     if kind == 'chars':
         return CharTokenizer(sorted(c for c, _ in Counter(text).most_common(vocab_size and vocab_size - 1)))
     counts = Counter(text.split())
     counts.pop('<unk>', None)  # WikiText marks its own unknown words: the same id 0
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
+
+# %% ../nbs/00_data.ipynb #327cabe0
+@patch
+def is_lossless_on(self:Tokenizer,
+                   text   # `str`, or `bytes` of UTF-8
+                  )->bool:# whether decoding gives the text back
+    "Encode, decode, compare."
+    if isinstance(self, ByteTokenizer): return True
+    return _as_bytes(self.decode(self.encode(text))) == _as_bytes(text)
 
 # %% ../nbs/00_data.ipynb #c0066
 @patch
@@ -326,6 +389,103 @@ def load_tokenizer(folder     # the folder a tokeniser was saved in, or the file
     if kind != 'bpe': raise ValueError(f'{file} is no tokenizer file: it has neither "kind" nor "model"')
     from tokenizers import Tokenizer as Tok
     return BPETokenizer(Tok.from_str(text))
+
+# %% ../nbs/00_data.ipynb #8b57913b
+class StreamDecoder:
+    """Tokens in, text out; the pieces join up to `tokenizer.decode` of all. `Tokenizer.stream` makes one.
+    A tokeniser with no streaming form of its own gives its text at the end."""
+    def __init__(self, tokenizer): self.tokenizer, self.held = tokenizer, []
+    def push(self,
+             token # id: int, or a tensor of one element
+            )->str:# the text that is certain now, '' while a character is incomplete
+        "One more token. `ValueError` if it is not in the vocabulary."
+        return self._push(int(self.tokenizer._ids([int(token)])[0]))
+    def flush(self)->str: # what was held back
+        "The end of the text; afterwards a new one may begin."
+        text, self.held = self._rest(), []
+        return text
+    def _push(self, i):
+        self.held.append(i)
+        return ''
+    def _rest(self): return self.tokenizer.decode(self.held)
+
+@patch
+def stream(self:Tokenizer)->StreamDecoder:
+    "A decoder for tokens that come one at a time."
+    return StreamDecoder(self)
+
+# %% ../nbs/00_data.ipynb #5d219cef
+class _ByteStream(StreamDecoder):
+    "Tokens that stand for bytes: those of one character wait for each other."
+    def __init__(self, tokenizer, piece): # piece: id -> bytes
+        super().__init__(tokenizer)
+        self.piece, self.utf8 = piece, codecs.getincrementaldecoder('utf-8')('replace')
+    def _push(self, i): return self.utf8.decode(self.piece(i))
+    def _rest(self):
+        text = self.utf8.decode(b'', True)
+        self.utf8.reset()
+        return text
+
+class _PieceStream(StreamDecoder):
+    "Tokens whose texts are joined by `sep`."
+    def __init__(self, tokenizer, sep):
+        super().__init__(tokenizer)
+        self.sep, self.next = sep, ''
+    def _push(self, i):
+        text, self.next = self.next + self.tokenizer.decode([i]), self.sep
+        return text
+    def _rest(self):
+        self.next = ''
+        return ''
+
+@patch
+def stream(self:ByteTokenizer)->StreamDecoder: return _ByteStream(self, lambda i: bytes([i]))
+@patch
+def stream(self:CharTokenizer)->StreamDecoder: return _PieceStream(self, '')
+@patch
+def stream(self:WordTokenizer)->StreamDecoder: return _PieceStream(self, ' ')
+
+# %% ../nbs/00_data.ipynb #beeb8311
+def _byte_of():
+    "{visible character: byte}, the alphabet of byte-level BPE (Radford et al. 2019)."
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(rest)}
+_byte_of = _byte_of()
+
+@patch
+def _bytes_of(self:BPETokenizer, i):
+    word = self.tok.id_to_token(i) or ''
+    try: return bytes(_byte_of[c] for c in word)
+    except KeyError: return word.encode()                    # an added token, such as a mark of the end
+
+# %% ../nbs/00_data.ipynb #33e184ea
+class _LocalStream(StreamDecoder):
+    "Tokens read by means of themselves, the one before and whether they begin the text."
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.before = []                                     # the last token, once there is text
+    def _push(self, i):
+        word = self.tokenizer.tok.id_to_token(i)
+        if word is None: return ''
+        self.held.append(i)
+        if re.fullmatch('<0x..>', word): return ''
+        text = self._new()
+        if (not text and not self.before) or (text.endswith('�') and len(self.held) < 8): return ''
+        self.before, self.held = [i], []
+        return text
+    def _new(self):
+        decode = self.tokenizer.decode
+        return decode(self.before + self.held)[len(decode(self.before)):]
+    def _rest(self):
+        text, self.before = self._new(), []
+        return text
+
+@patch
+def stream(self:BPETokenizer)->StreamDecoder:
+    from tokenizers.decoders import ByteLevel
+    if isinstance(self.tok.decoder, ByteLevel): return _ByteStream(self, self._bytes_of)
+    return _LocalStream(self)
 
 # %% ../nbs/00_data.ipynb #c0073
 def bits_per_byte(nats,                      # cross entropy, nats per token
