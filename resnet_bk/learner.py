@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['HOOKS', 'lm_loss', 'lr_at', 'param_groups', 'TrainingMetrics', 'read_metrics', 'Callback', 'CancelStep', 'CancelFit',
            'Learner', 'by_default', 'Evaluator', 'peak_memory_mb', 'Recorder', 'Progress', 'LivePlot', 'Timing',
-           'MoEBalance', 'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint',
-           'check_checkpoint', 'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module',
-           'NumericalStabilityMonitor']
+           'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint', 'check_checkpoint',
+           'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module', 'NumericalStabilityMonitor']
 
 # %% ../nbs/05_learner.ipynb #c0005
 import atexit, copy, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time, weakref
@@ -31,7 +30,6 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
-from .moe import load_balance_loss, move_bias, moe_layers, router_z_loss, routing_entropy
 
 # %% ../nbs/05_learner.ipynb #c0010
 def lm_loss(logits:Tensor, # (B, N, V) scores of the next token
@@ -61,10 +59,11 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
-    """Groups for an optimiser: decay only parameters with `ndim >= 2` that carry no `_no_weight_decay`
-    attribute."""
+    """Groups for an optimiser: decay only parameters with `ndim >= 2` whose module does not name them in
+    `no_weight_decay`."""
     ps = [p for p in model.parameters() if p.requires_grad]
-    yes = [p for p in ps if p.ndim >= 2 and not getattr(p, '_no_weight_decay', False)]
+    kept = {id(m._parameters.get(n)) for m in model.modules() for n in getattr(m, 'no_weight_decay', ())}
+    yes = [p for p in ps if p.ndim >= 2 and id(p) not in kept]
     taken = {id(p) for p in yes}
     groups = [dict(params=yes, weight_decay=weight_decay),
               dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
@@ -754,35 +753,6 @@ class Timing(Callback):
         now = self._now()
         self.learn.log(forward_time_ms=1e3*(now-self.t)); self.t = now
     def after_backward(self): self.learn.log(backward_time_ms=1e3*(self._now()-self.t))
-
-# %% ../nbs/05_learner.ipynb #c0136
-class MoEBalance(Callback):
-    """Adds the load-balance and the router z-loss of every mixture of experts, moves its bias at
-    `bias_rate`, and logs `expert_usage` (a row per layer, summed since the last record) and
-    `routing_entropy`. `ValueError` for a model without experts."""
-    order = -15 # before the Recorder
-    def __init__(self, balance:float=0.01, z:float=1e-3, bias_rate:float=0.): store_attr()
-    def before_fit(self):
-        self.layers, self.used = list(moe_layers(self.learn.model).values()), None
-        if not self.layers:
-            raise ValueError('MoEBalance wants a model with experts, e.g. ModelConfig(experts=4)')
-
-    def before_step(self): self.counts = 0
-    def after_loss(self):
-        l, mean = self.learn, lambda f: torch.stack([f(m) for m in self.layers]).mean()
-        l.add_loss('loss_balance', mean(lambda m: load_balance_loss(m.logits, m.counts)), self.balance)
-        l.add_loss('loss_router_z', mean(lambda m: router_z_loss(m.logits)), self.z)
-        l.log(routing_entropy=mean(lambda m: routing_entropy(m.logits.detach())))
-        self.counts = self.counts + torch.stack([m.counts for m in self.layers])
-
-    def after_backward(self):
-        for m in self.layers: m.logits = None # lets the graph go
-
-    def after_step(self):
-        if self.learn.skipped: return
-        self.used = self.counts + (self.used if 'expert_usage' in self.learn.logged else 0)
-        self.learn.log(expert_usage=self.used/self.used.sum(-1, keepdim=True).clamp(min=1))
-        if self.bias_rate: [move_bias(m, c, self.bias_rate) for m,c in zip(self.layers, self.counts)]
 
 # %% ../nbs/05_learner.ipynb #c0142
 def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays
