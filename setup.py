@@ -28,6 +28,7 @@ setup(
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "resnet_bk.kernels": [line.strip() for line in cfg["kernels"].splitlines() if line.strip()],
+        "resnet_bk.parts": [line.strip() for line in cfg["parts"].splitlines() if line.strip()],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

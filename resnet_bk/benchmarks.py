@@ -16,9 +16,10 @@ from .native import keep_memory, time_together
 from .bk_core import BACKENDS, resolvent_diag, resolvent_mix
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
-from .model import ModelConfig, ResNetBK, init_unigram
-from .learner import Learner, MoEBalance
+from .model import MIXERS, ModelConfig, ResNetBK, init_unigram
+from .learner import Learner
 from .moe import expert_usage, moe_layers, plot_usage, unused_experts
+from .moe_training import MoEBalance
 from .fused_layers import layer_op, layer_params
 from .hardware import EMULATED, MixedPrecisionTrainer
 
@@ -55,11 +56,12 @@ class _SDPA(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1,
             2).flatten(-2))
 
+MIXERS.register('sdpa', lambda config: _SDPA(config.d_model, config.n_heads), init=True)
+
 class GPT(ResNetBK):
     "The transformer of the same shape: our block with attention in the mixer slot, and a position embedding."
     def __init__(self, vocab_size:int, d_model:int=128, n_layers:int=4, n_heads:int=4, context:int=512):
-        super().__init__(ModelConfig(vocab_size, d_model, n_layers, ffn_mult=4, tie=True),
-                         make_mixer=lambda cfg, i: _SDPA(d_model, n_heads))
+        super().__init__(ModelConfig(vocab_size, d_model, n_layers, 'sdpa', n_heads, ffn='mlp', tie=True))
         self.position = nn.Parameter(torch.randn(context, d_model)*.02)
         self.embed.register_forward_hook(lambda m, i, h: h + self.position[:h.shape[1]])
 
@@ -198,8 +200,8 @@ def default_models()->dict: # name -> arguments of `ModelConfig`
     return {'both, resolvent ×2 (default)': {}, 'attention, resolvent ×2': dict(mixer=('attention',
         'resolvent')), 'resolvent ×2': dict(mixer='resolvent'), 'attention': dict(mixer='attention'),
             'attention, resolvent ×1, feed-forward': dict(mixer=('attention', 'resolvent'), expand=1,
-                                                          ffn_mult=4),
-            'resolvent ×1, feed-forward': dict(mixer='resolvent', expand=1, ffn_mult=4),
+                                                          ffn='mlp'),
+            'resolvent ×1, feed-forward': dict(mixer='resolvent', expand=1, ffn='mlp'),
             'both, resolvent ×1, twice the layers': dict(expand=1, layers=2),
             'default, tied': dict(tie=True)}
 
@@ -279,11 +281,12 @@ def decode_times(model, contexts=(256, 65536), tokens:int=50, rounds:int=15)->di
 def feed_forwards(vocab_size:int, d:int=128, layers:int=4)->dict:
     "The default model without feed-forward, with a dense one, and with mixtures of experts."
     make = lambda **kw: lambda: ResNetBK(ModelConfig(vocab_size, d, layers, **kw))
-    return {'dense, 4·D': (make(ffn_mult=4), None), 'none': (make(), None),
-            'top-1 of 4': (make(experts=4), MoEBalance),
-            'top-2 of 4': (make(experts=4, top_k=2), MoEBalance),
-            'top-2 of 4, 2·D': (make(experts=4, top_k=2, ffn_mult=2), MoEBalance),
-            'top-1 of 4, unbalanced': (make(experts=4), lambda: MoEBalance(0.0, 0.0))}
+    moe = lambda **kw: make(ffn='moe', ffn_kw=dict(num_experts=4, **kw))
+    return {'dense, 4·D': (make(ffn='mlp'), None), 'none': (make(), None),
+            'top-1 of 4': (moe(), MoEBalance),
+            'top-2 of 4': (moe(top_k=2), MoEBalance),
+            'top-2 of 4, 2·D': (moe(top_k=2, mult=2), MoEBalance),
+            'top-1 of 4, unbalanced': (moe(), lambda: MoEBalance(0.0, 0.0))}
 
 # a dict per model
 def equal_time(data, steps:int, pilot:int=200, lrs=(3e-3, 1e-2, 2e-2), make:dict=None, seed:int=0)->list:

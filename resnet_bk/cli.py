@@ -23,8 +23,9 @@ from fastcore.script import anno_parser, store_true
 from .native import ready
 from .data import LMData, load_tokenizer
 from .model import ModelConfig, ResNetBK
-from .learner import Learner, MoEBalance, NumericalStabilityMonitor
+from .learner import Learner, NumericalStabilityMonitor
 from .moe import expert_usage, moe_layers, unused_experts
+from .moe_training import MoEBalance
 
 # %% ../nbs/14_cli.ipynb #c0007
 def _run(func, prog, examples):
@@ -107,8 +108,8 @@ def _learner(args, folder, quiet):
     a = argparse.Namespace(**args)
     data = LMData.from_corpus(a.corpus, a.tokenizer, a.vocab_size, a.batch_size, a.context, seed=a.seed)
     torch.manual_seed(a.seed)
-    config = ModelConfig(data.vocab_size, a.d_model, a.n_layers, a.mixer.split(','), a.n_heads,
-                         experts=a.experts, top_k=a.top_k)
+    moe = dict(ffn='moe', ffn_kw=dict(num_experts=a.experts, top_k=a.top_k)) if a.experts else {}
+    config = ModelConfig(data.vocab_size, a.d_model, a.n_layers, a.mixer.split(','), a.n_heads, **moe)
     model = ResNetBK(config).init_unigram(data.train.tokens)
     if not torch.cuda.is_available(): compile_kernels(quiet=quiet)
     cbs = [NumericalStabilityMonitor()] + [MoEBalance()]*(a.experts > 0)

@@ -71,6 +71,7 @@ def causal_conv(
 # %% ../nbs/02_mixers.ipynb #c0009
 class ShortConv(nn.Module):
     "Causal depthwise convolution over the last `width` tokens, as Mamba and its kin use it."
+    no_weight_decay = ('taps',)
     def __init__(self,
         channels:int, # C
         width:int=4,  # how many tokens it sees, itself included
@@ -82,7 +83,6 @@ class ShortConv(nn.Module):
         taps *= .02 if identity else 1/math.sqrt(width)
         if identity: taps[0] += 1
         self.taps = nn.Parameter(taps)                          # newest first
-        self.taps._no_weight_decay = True
 
     def forward(self,
         x:Tensor,          # (B, N, C)
@@ -104,6 +104,7 @@ class ShortConv(nn.Module):
 # %% ../nbs/02_mixers.ipynb #c0012
 class Spectrum(nn.Module):
     "Learned `z = E + iη` of `n` chains: E spread over the band (-4, 0), log η from `eta_max` to `eta_min`."
+    no_weight_decay = ('E', 'log_eta')
     def __init__(self,
         n:int,               # chains
         eta_min:float=0.01,  # smallest initial width, energy units; memory ≈ 2/η tokens
@@ -118,7 +119,6 @@ class Spectrum(nn.Module):
         self.E = nn.Parameter(-2 + (2 - margin)*torch.cos(math.pi*golden) if n > 1 else torch.tensor([-2.]))
         log_eta = torch.linspace(high, low, n) if n > 1 else torch.tensor([.5*(low + high)])
         self.log_eta = nn.Parameter(log_eta)
-        for p in self.parameters(): p._no_weight_decay = True
 
     def forward(self): # (n,) complex
         E, eta = (x if x.dtype == torch.float64 else x.float() for x in (self.E, self.log_eta.exp()))
@@ -140,6 +140,7 @@ class BKMixer(nn.Module):
 
     z is learned per channel; an absorbing potential per token is the forget gate."""
     fused = True                 # False: the plain form, always
+    no_weight_decay = ('absorb_bias', 'scale')
     def __init__(self,
         d_model:int,             # D
         expand:float=1,          # chains per channel of the model: C = expand·D
@@ -163,11 +164,8 @@ class BKMixer(nn.Module):
         self.in_proj = nn.Linear(d_model, (self.n_in + 1)*C, bias=False)      # columns u | w | v | gate
         self.conv = ShortConv(self.n_in*C, conv) if conv else None
         self.spectrum = Spectrum(C, eta_min, eta_max)
-        if absorb:
-            self.absorb_bias = nn.Parameter(torch.full((C,), -2.0))
-            self.absorb_bias._no_weight_decay = True
+        if absorb: self.absorb_bias = nn.Parameter(torch.full((C,), -2.0))
         self.scale = nn.Parameter(self.spectrum.log_eta.detach().div(2).exp())
-        self.scale._no_weight_decay = True
         self.norm = nn.RMSNorm(features*C, eps=1e-5)
         self.out_proj = nn.Linear(features*C, d_model, bias=False)
 
@@ -267,6 +265,7 @@ class BKFeatureMixer(nn.Module):
 
     The layer of the original design notes; it keeps no state."""
     fused = False                # there is only the plain form
+    no_weight_decay = ('absorb_bias',)
     def __init__(self,
         d_model:int,             # D
         heads:int=1,             # potentials
@@ -281,9 +280,7 @@ class BKFeatureMixer(nn.Module):
         self.in_proj = nn.Linear(d_model, (1 + absorb)*heads, bias=False)     # columns w | v
         self.conv = ShortConv((1 + absorb)*heads, conv) if conv else None
         self.spectrum = Spectrum(heads, eta_min, eta_max)
-        if absorb:
-            self.absorb_bias = nn.Parameter(torch.full((heads,), -2.0))
-            self.absorb_bias._no_weight_decay = True
+        if absorb: self.absorb_bias = nn.Parameter(torch.full((heads,), -2.0))
         self.out_proj = nn.Linear(2*heads, d_model, bias=False)
 
     def extra_repr(self): return f'{self.heads} potentials' + ('' if self.causal else ', two-sided')
@@ -394,6 +391,7 @@ class BKAttention(nn.Module):
 
     Each head has a d×d state, which decays by the causal Green's function of the head's chain."""
     fused = True                # False: the plain form, always
+    no_weight_decay = ('absorb_bias',)
     def __init__(self,
         d_model:int,            # D
         n_heads:int=None,       # heads; None = one per 64 channels
@@ -414,7 +412,6 @@ class BKAttention(nn.Module):
         self.conv = ShortConv(3*d_model, conv, identity=False) if conv else None
         self.spectrum = Spectrum(n_heads, eta_min, eta_max, margin=1.)
         self.absorb_bias = nn.Parameter(torch.full((n_heads,), -4.0))
-        self.absorb_bias._no_weight_decay = True
         self.norm = nn.RMSNorm(d_model//n_heads, eps=1e-5)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 

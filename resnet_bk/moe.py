@@ -277,6 +277,7 @@ def _soft_router(x, R, w1, b1, w2, b2, ct, act, opt):
 class SparseMoE(nn.Module):
     """Mixture of `num_experts` feed-forwards, D → mult·D → D, of which each token computes `top_k`.
     No token is dropped; causal. `ValueError` for sizes that make no sense."""
+    no_weight_decay = ('b1', 'b2')
     def __init__(self,
         d_model:int,            # D
         num_experts:int=4,      # E
@@ -294,15 +295,12 @@ class SparseMoE(nn.Module):
             raise ValueError(f"router must be 'softmax' or 'gumbel'; got {router!r}")
         if act not in ACTS: raise ValueError(f'act must be one of {sorted(ACTS)}; got {act!r}')
         E, D, H = num_experts, d_model, int(mult*d_model)
-        E, D, H = num_experts, d_model, int(mult*d_model)
         self.d_model, self.num_experts, self.top_k = D, E, top_k
         self.kind, self.act, self.tau = router, act, tau
         self.router = nn.Linear(D, E, bias=False)
         self.w1, self.w2 = nn.Parameter(torch.randn(E, D, H)/D**.5), nn.Parameter(torch.randn(E, H, D)/H**.5)
         self.b1 = nn.Parameter(torch.zeros(E, H)) if bias else None
         self.b2 = nn.Parameter(torch.zeros(E, D)) if bias else None
-        for b in (self.b1, self.b2):
-            if b is not None: b._no_weight_decay = True
         self.register_buffer('balance', torch.zeros(E))   # added for the choice; moved by `move_bias`
         self.logits = self.counts = None
 
@@ -330,6 +328,13 @@ def _mix(self:SparseMoE, x, ws, noise):
 
 @patch
 def __getstate__(self:SparseMoE): return dict(self.__dict__, logits=None)   # a graph cannot be copied
+
+@patch
+@torch.no_grad()
+def scale_residual(self:SparseMoE, factor:float):
+    "Multiply what the layer adds to a residual stream by `factor`; a model calls it once, by its depth."
+    for w in (self.w2, self.b2):
+        if w is not None: w *= factor
 
 @patch
 def extra_repr(self:SparseMoE):
