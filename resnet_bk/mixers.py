@@ -15,9 +15,12 @@ from .native import find_kernel
 from .bk_core import resolvent_diag, resolvent_mix
 
 # %% ../nbs/02_mixers.ipynb #c0007
+# asked once: not every version of PyTorch can compile the question
+_autocasts = {d for d in ('cpu', 'cuda', 'mps', 'xpu', 'hpu', 'mtia') if torch.amp.is_autocast_available(d)}
+
 def _cast(x): # the type in which matrix products on `x` run; autocast leaves float64 alone
     dev = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(dev): return x.dtype
+    if x.dtype == torch.float64 or dev not in _autocasts: return x.dtype
     return torch.get_autocast_dtype(dev) if torch.is_autocast_enabled(dev) else x.dtype
 
 def _check_part(name, t, shape, complex, x):

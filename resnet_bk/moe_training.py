@@ -7,13 +7,14 @@ __all__ = ['moe_ffn', 'MoEBalance']
 
 # %% ../nbs/05d_moe_training.ipynb #e71d426a
 import torch
+from itertools import islice
 from torch import distributed as dist
 from fastcore.basics import store_attr
 from fastcore.meta import delegates
 from .moe import AnalyticMoELayer, SparseMoE, load_balance_loss, move_bias, moe_layers
-from .moe import router_z_loss, routing_entropy
+from .moe import expert_usage, router_z_loss, routing_entropy, unused_experts
 from .model import FFNS
-from .learner import Callback
+from .learner import Callback, register_metric, register_option
 
 # %% ../nbs/05d_moe_training.ipynb #063e9daa
 @FFNS.register('moe', init=True)
@@ -57,3 +58,24 @@ class MoEBalance(Callback):
         self.learn.log(expert_usage=self.used/self.used.sum(-1, keepdim=True).clamp(min=1))
         if not self.bias_rate: return
         for m,c in zip(self.layers, self.counts): move_bias(m, c, self.bias_rate)
+
+    def summary(self): # a line for the end of a run
+        idle = unused_experts(expert_usage(self.learn.model, islice(self.learn.data.valid, 20)))
+        names = ', '.join(f'{n} number {e}' for n,e,_ in idle)
+        return f"experts unused on validation text: {names or 'none'}"
+
+# %% ../nbs/05d_moe_training.ipynb #moe0opt2
+register_metric('loss_balance', 'load-balance loss, mean over the layers; 1 when all experts are used alike')
+register_metric('loss_router_z', 'squared log-sum-exp of the router logits, mean over tokens and layers')
+register_metric('routing_entropy', 'entropy of the routers, nats, mean over tokens and layers')
+register_metric('expert_usage', 'share of the tokens that each expert computed, a row per layer')
+
+def _experts(n, options): # fields of ModelConfig
+    if n < 0: raise ValueError(f'--experts wants 0 or more; got {n}')
+    return dict(ffn='moe', ffn_kw=dict(num_experts=n)) if n else {}
+
+def _top_k(k, options): return dict(ffn_kw=dict(top_k=k)) if options['experts'] else {}
+
+register_option('experts', 0, 'give each block a feed-forward of so many experts; 0 = none', int, 'the model',
+                config=_experts, cbs=lambda n, o: [MoEBalance()] if n else [])
+register_option('top_k', 1, 'experts that each token computes', int, 'the model', config=_top_k);
