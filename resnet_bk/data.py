@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer', 'ByteTokenizer', 'CharTokenizer',
            'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'StreamDecoder', 'bits_per_byte',
-           'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
+           'hidden_bits', 'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
 
 # %% ../nbs/00_data.ipynb #c0005
-import codecs, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
+import codecs, copy, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
 import numpy as np, torch
 from collections import Counter
 from dataclasses import dataclass, field
@@ -278,11 +278,12 @@ class CharTokenizer(Tokenizer):
         # the last entry stands for everything beyond: <unk>
         self.table = np.zeros(max(codes, default=0) + 2, np.int64)
         self.table[codes] = np.arange(1, self.vocab_size)
+        self.codes = np.array([0xfffd] + codes, '<u4')                   # of �, then of each character
 
     def encode(self, text)->np.ndarray:
-        codes = np.frombuffer(_as_text(text).encode('utf-32-le'), np.uint32)
+        codes = np.frombuffer(_as_text(text).encode('utf-32-le'), '<u4')
         return self.table[np.minimum(codes, len(self.table) - 1)]
-    def decode(self, ids)->str: return ''.join(self.vocab[i-1] if i else '�' for i in self._ids(ids))
+    def decode(self, ids)->str: return self.codes[self._ids(ids)].tobytes().decode('utf-32-le')
     def to_json(self)->str: return json.dumps({'kind': 'chars', 'vocab': self.vocab})
 
 # %% ../nbs/00_data.ipynb #c0054
@@ -352,13 +353,15 @@ def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
 
 # %% ../nbs/00_data.ipynb #327cabe0
+def _gives_back(tok, ids, text):
+    return isinstance(tok, ByteTokenizer) or _as_bytes(tok.decode(ids)) == _as_bytes(text)
+
 @patch
 def is_lossless_on(self:Tokenizer,
                    text   # `str`, or `bytes` of UTF-8
                   )->bool:# whether decoding gives the text back
     "Encode, decode, compare."
-    if isinstance(self, ByteTokenizer): return True
-    return _as_bytes(self.decode(self.encode(text))) == _as_bytes(text)
+    return _gives_back(self, self.encode(text), text)
 
 # %% ../nbs/00_data.ipynb #c0066
 @patch
@@ -489,10 +492,56 @@ def stream(self:BPETokenizer)->StreamDecoder:
 
 # %% ../nbs/00_data.ipynb #c0073
 def bits_per_byte(nats,                      # cross entropy, nats per token
-                  bytes_per_token:float=1.0  # bytes of the text measured on, divided by its tokens
-                 )->float:                   # bits per byte of text
+                  bytes_per_token:float=1.0, # bytes of the text measured on, divided by its tokens
+                  hidden:float=0.0           # bits per byte that the tokens do not tell; None: unknown
+                 )->float:                   # bits per byte of text; None if `hidden` is
     "The same loss in the unit that does not depend on the tokeniser."
-    return float(nats)/math.log(2)/bytes_per_token
+    return None if hidden is None else float(nats)/math.log(2)/bytes_per_token + hidden
+
+# %% ../nbs/00_data.ipynb #c8159cd3
+@patch
+def hidden(self:Tokenizer,
+           text:str # in Unicode
+          )->tuple: # lists of strings; None: unknown
+    "What `encode` does not keep: with the tokens and these lists the text can be put together again."
+    return None
+@patch
+def hidden(self:CharTokenizer, text:str)->tuple: # (unknown characters,)
+    return [text[i] for i in np.flatnonzero(self.encode(text) == 0)],
+@patch
+def hidden(self:WordTokenizer, text:str)->tuple: # (white space around and between words, unknown words)
+    return re.split(r'\S+', text), [w for w in text.split() if w not in self.ids]
+
+def _blocks(text, size=1<<23):
+    "Cut a long text after newlines, into pieces of about `size`; no token here crosses a newline."
+    i, newline = 0, '\n' if isinstance(text, str) else b'\n'
+    while i < len(text):
+        j = text.find(newline, i + size) + 1 or len(text)
+        yield text[i:j]
+        i = j
+
+# %% ../nbs/00_data.ipynb #d2101109
+def _spelling(strings):
+    "Bits of each byte value by its frequency in these strings; 255, which UTF-8 never uses, ends a string."
+    raw = b''.join(s.encode() + b'\xff' for s in strings)
+    n = np.bincount(np.frombuffer(raw, np.uint8), minlength=256) + .5
+    return -np.log2(n/n.sum())
+
+def hidden_bits(tokenizer:Tokenizer,
+                train:str, # to count in
+                valid:str  # to code
+               )->float:   # bits; None: unknown
+    "What the tokens of `valid` do not tell of it, coded by frequencies in `train`."
+    if tokenizer.hidden('') is None: return None
+    bits, streams = 0., len(tokenizer.hidden(''))
+    for k in range(streams):
+        seen = Counter(s for block in _blocks(train) for s in tokenizer.hidden(block)[k])
+        N, spell = sum(seen.values()), _spelling(seen)
+        asked = Counter(s for block in _blocks(valid) for s in tokenizer.hidden(block)[k])
+        for s, times in asked.items():
+            new = 0 if s in seen else spell[np.frombuffer(s.encode() + b'\xff', np.uint8)].sum()
+            bits += times*(math.log2((N + 1)/seen.get(s, 1)) + new)
+    return float(bits)
 
 # %% ../nbs/00_data.ipynb #c0079
 def _count_pairs(tokens, V, block=1<<24):
@@ -512,10 +561,16 @@ class Floors:
     unigram:float             # nats per token
     bigram:float              # nats per token
     bytes_per_token:float=1.0 # of the validation text
+    hidden:float=0.0          # bits per byte that the tokens do not tell of it; None: unknown
+
+    def bpb(self, nats)->float: # None if that is unknown
+        "A loss on this text in bits per byte."
+        return bits_per_byte(nats, self.bytes_per_token, self.hidden)
 
     def table(self)->str:     # Markdown
         "Both floors in nats per token, perplexity and bits per byte."
-        rows = [f'| {k:7} | {v:11.3f} | {math.exp(v):10.2f} | {bits_per_byte(v, self.bytes_per_token):9.3f} |'
+        bpb = lambda v: '—' if self.hidden is None else f'{self.bpb(v):.3f}'
+        rows = [f'| {k:7} | {v:11.3f} | {math.exp(v):10.2f} | {bpb(v):>9} |'
                 for k, v in (('unigram', self.unigram), ('bigram', self.bigram))]
         return '\n'.join(['| floor   | nats/token  | perplexity | bits/byte |',
                           '| ------- | ----------: | ---------: | --------: |'] + rows)
@@ -525,7 +580,8 @@ class Floors:
 def token_floors(train,                     # training token ids, 1-D
                  valid,                     # validation token ids, 1-D, at least two
                  vocab_size:int,            # ids are below this
-                 bytes_per_token:float=1.0  # of the validation text, for bits per byte
+                 bytes_per_token:float=1.0, # of the validation text, for bits per byte
+                 hidden:float=0.0           # bits per byte that the tokens do not tell
                 )->Floors:                  # nats per token over valid[1:], the tokens a model has to predict
     """Count `train`, score `valid`: unigram (add 1/2) and bigram (absolute discounting; Ney, Essen and Kneser
     1994). Memory grows with the pairs that occur, not with V²."""
@@ -543,7 +599,7 @@ def token_floors(train,                     # training token ids, 1-D
     cuw = np.where(codes[at] == vcodes, counts[at], 0) if len(codes) else np.zeros(len(u))
     p2 = np.where(cu[u] > 0, (np.maximum(cuw - D, 0) + D*nu[u]*p1[w])/np.maximum(cu[u], 1), p1[w])
     nats = lambda p: float(-(np.log(p)*vcounts).sum()/vcounts.sum())
-    return Floors(nats(p1[w]), nats(p2), bytes_per_token)
+    return Floors(nats(p1[w]), nats(p2), bytes_per_token, hidden)
 
 # %% ../nbs/00_data.ipynb #c0088
 class Batches:
@@ -670,23 +726,19 @@ def show_batch(x,              # (B, N) token ids
     return ax
 
 # %% ../nbs/00_data.ipynb #c0117
-_format = 1 # part of every key: raise it when what is stored changes
-
-def _blocks(text, size=1<<23):
-    "Cut a long text after newlines, into pieces of about `size`; no token here crosses a newline."
-    i, newline = 0, '\n' if isinstance(text, str) else b'\n'
-    while i < len(text):
-        j = text.find(newline, i + size) + 1 or len(text)
-        yield text[i:j]
-        i = j
+_format = 2 # part of every key: raise it when what is stored changes
 
 def _encode_file(tok, text, file):
-    "Encode `text` block by block into a .npy file of the smallest of uint16 and uint32; returns the array."
+    """Encode `text` block by block into a .npy file of the smallest of uint16 and uint32.
+    Returns the array and whether decoding gives the text back."""
     dtype, blocks = (np.uint16 if tok.vocab_size <= 1<<16 else np.uint32), list(_blocks(text))
-    bar = tqdm(blocks, 'encode', disable=len(blocks) < 3, leave=False)
-    tokens = np.concatenate([np.zeros(0, dtype)] + [tok.encode(b).astype(dtype) for b in bar])
+    parts, lossless = [np.zeros(0, dtype)], True
+    for b in tqdm(blocks, 'encode', disable=len(blocks) < 3, leave=False):
+        parts.append(tok.encode(b).astype(dtype))
+        lossless = lossless and _gives_back(tok, parts[-1], b)
+    tokens = np.concatenate(parts)
     np.save(file, tokens)
-    return tokens
+    return tokens, lossless
 
 # %% ../nbs/00_data.ipynb #c0119
 def _cache_key(corpus, tokenizer, vocab_size):
@@ -703,15 +755,17 @@ def _fill(folder, corpus, tokenizer, vocab_size):
     if tokenizer != 'bytes' and not isinstance(tokenizer, ByteTokenizer):
         parts = [corpus.text('train'), corpus.text('valid')]
     tok = get_tokenizer(tokenizer, parts[0], vocab_size) if isinstance(tokenizer, str) else tokenizer
-    tokens = [_encode_file(tok, t, folder/f'{s}.npy') for t, s in zip(parts, ('train', 'valid'))]
+    tokens, lossless = zip(*[_encode_file(tok, t, folder/f'{s}.npy')
+                             for t, s in zip(parts, ('train', 'valid'))])
     for t, s in zip(tokens, ('training', 'validation')):
         if len(t) < 2:
             raise ValueError(f'the {s} part of {corpus.name!r} has {len(t)} {tok.name} tokens: at least 2 '
                              'are needed, give more text')
-    floors = token_floors(*tokens, tok.vocab_size, len(corpus.valid)/len(tokens[1]))
+    hidden, size = 0. if lossless[1] else hidden_bits(tok, *parts), len(corpus.valid)
+    floors = token_floors(*tokens, tok.vocab_size, size/len(tokens[1]), hidden and hidden/size)
     tok.save(folder)
-    (folder/'meta.json').write_text(json.dumps(dict(corpus=corpus.name, tokenizer=tok.name,
-                                                    floors=vars(floors))))
+    meta = dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors), lossless=all(lossless))
+    (folder/'meta.json').write_text(json.dumps(meta), encoding='utf-8')
 
 # %% ../nbs/00_data.ipynb #c0120
 def token_files(corpus:Corpus,       # the text
@@ -786,9 +840,10 @@ def from_corpus(cls:LMData,
     `ValueError` if a part is shorter than one window."""
     if not isinstance(corpus, Corpus): corpus = load_corpus(corpus, valid_frac)
     folder = token_files(corpus, tokenizer, vocab_size, cache)
-    tok = load_tokenizer(folder) if isinstance(tokenizer, str) else tokenizer
+    tok = load_tokenizer(folder) if isinstance(tokenizer, str) else copy.copy(tokenizer)
     train, valid = (np.load(folder/f'{s}.npy', mmap_mode='r') for s in ('train', 'valid'))
-    floors = Floors(**json.loads((folder/'meta.json').read_text())['floors'])
+    meta = json.loads((folder/'meta.json').read_text(encoding='utf-8'))
+    floors, tok.lossless = Floors(**meta['floors']), meta['lossless']
     return cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world)
 
 # %% ../nbs/00_data.ipynb #c0129
@@ -796,9 +851,8 @@ def from_corpus(cls:LMData,
 def report(self:LMData,
            nats # validation cross entropy, nats per token
           )->dict: # nats, ppl (perplexity), bpb (bits per byte)
-    "One loss in all three units."
-    return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)),
-                bpb=bits_per_byte(nats, self.bytes_per_token))
+    "One loss in all three units. `bpb` is None if the tokens hide text and it is unknown how much."
+    return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=self.floors.bpb(nats))
 
 @patch
 def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:

@@ -3,7 +3,7 @@ import gzip, json, os, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from resnet_bk.data import BPETokenizer, Corpus, get_tokenizer, load_corpus, load_tokenizer, Tokenizer
+from resnet_bk.data import BPETokenizer, CharTokenizer, Corpus, LMData, Tokenizer, WordTokenizer, get_tokenizer, hidden_bits, load_corpus, load_tokenizer
 
 TEXT = 'the cat sat on the mat\n'*900
 NOT_TEXT = {'gz.txt': gzip.compress(TEXT.encode()), 'utf16.txt': TEXT.encode('utf-16'), 'nobom.txt': TEXT.encode('utf-16-le'), 'russian.txt': ('кот сидел на ковре\n'*99).encode('utf-16-be'),
@@ -158,3 +158,44 @@ def test_a_token_outside_the_vocabulary_is_refused(toks, kind):
     for i in (-1, toks[kind].vocab_size):
         with pytest.raises(ValueError, match='takes 0 to'): toks[kind].stream().push(i)
     assert joined(toks[kind], [torch.tensor(1), torch.tensor([2]), np.uint16(3)]) == toks[kind].decode([1, 2, 3])
+
+# ---- bits per byte of a tokeniser that loses text
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text('ab cé\n\t \x1c\u2003\x85'))
+def test_tokens_and_what_they_hide_give_the_text_back(text):
+    words, chars = WordTokenizer(['a', 'ab', 'c']), CharTokenizer('ab c')
+    gaps, unknown = words.hidden(text)
+    spelled = [words.vocab[i-1] if i else unknown.pop(0) for i in words.encode(text)]
+    assert ''.join(g + w for g,w in zip(gaps, spelled + [''])) == text and not unknown
+    rest, = chars.hidden(text)
+    assert ''.join(chars.vocab[i-1] if i else rest.pop(0) for i in chars.encode(text)) == text and not rest
+
+@pytest.mark.parametrize('train', ['', 'xxyz', 'ééx z'])
+def test_the_charge_is_the_length_of_a_code(train): # Kraft: lengths of a code that can be read sum to at most 1
+    t = CharTokenizer('ab')
+    strings = sorted(set(train)) + [chr(i) for i in range(0x20, 0x3000) if chr(i) not in train + 'ab']
+    lengths = [hidden_bits(t, train, s) for s in strings]
+    assert min(lengths) >= 0 and sum(2.**-n for n in lengths) <= 1
+
+def test_a_small_vocabulary_of_words_does_not_look_good(tmp_path):
+    c = load_corpus('stdlib')
+    c = Corpus('part', c.train[:400_000], c.valid[:40_000])
+    honest = LMData.from_corpus(c, 'bytes', cache=tmp_path).floors
+    for vocab in (2, 50, 5000):
+        d = LMData.from_corpus(c, 'words', vocab, cache=tmp_path)
+        assert d.tokenizer.lossless is False
+        assert d.report(0.)['bpb'] == d.floors.hidden > 1          # even a perfect model of the tokens pays for the text
+        assert d.report(d.floors.unigram)['bpb'] > 2.5, vocab      # before: 0.13 for a vocabulary of 2
+    assert honest.hidden == 0 and honest.bpb(1.) == pytest.approx(1/np.log(2))
+
+def test_a_tokeniser_that_hides_an_unknown_part_has_no_bits_per_byte(toks, tmp_path):
+    d = LMData.from_corpus(Corpus('caps', b'THE the ab\n'*99, b'THE ab\n'*20), toks['wordpiece'], context=8, cache=tmp_path)
+    assert d.tokenizer.lossless is False and toks['wordpiece'].lossless is None
+    assert d.report(1.)['bpb'] is None and d.report(1.)['nats'] == 1 and '—' in d.floors.table()
+
+def test_what_comes_back_is_not_charged(toks, tmp_path):
+    c = Corpus('plain', 'the café\n'.encode()*99, 'the é'.encode()*20)
+    for k in ('bytes', 'chars', 'bpe'):
+        d = LMData.from_corpus(c, toks[k], context=8, cache=tmp_path)
+        assert d.tokenizer.lossless is True and d.floors.hidden == 0, k
