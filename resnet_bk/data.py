@@ -8,13 +8,15 @@ __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer',
            'hidden_bits', 'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
 
 # %% ../nbs/00_data.ipynb #c0005
-import codecs, copy, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
+import atexit, codecs, copy, hashlib, json, math, operator, os, re, shutil, sys, sysconfig, tempfile
+import warnings
 import numpy as np, torch
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from fastcore.basics import patch, store_attr
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_data.ipynb #c0009
@@ -137,6 +139,7 @@ def _read_paths(paths, valid_frac):
         sources.append((str(f), at))
         at += len(raw)
     name = '+'.join([p.name if p.is_dir() else p.stem for p in paths][:2]) + '+…'*(len(paths) > 2)
+    name = os.fsencode(name).decode('utf-8', 'replace')      # the same under every locale
     return Corpus(name, *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0025
@@ -602,6 +605,13 @@ def token_floors(train,                     # training token ids, 1-D
     return Floors(nats(p1[w]), nats(p2), bytes_per_token, hidden)
 
 # %% ../nbs/00_data.ipynb #c0088
+def _whole(**given):
+    "Integers of any type (numpy's, a tensor of one) as Python's; `ValueError` for anything else."
+    for k, v in given.items():
+        try: yield operator.index(v)
+        except TypeError: raise ValueError(f'{k}={v!r}: give an integer') from None
+
+# %% ../nbs/00_data.ipynb #bde109ff
 class Batches:
     """Batches (x, y) of `int64` tensors (B, N); y is x shifted by one.
     `shuffle=True`: windows from a random offset in random order, new each epoch, full batches only (a smaller
@@ -615,6 +625,7 @@ class Batches:
                  shuffle:bool=True, # training order, or every window once in order
                  rank:int=0,        # this process, of
                  world:int=1):      # so many that share the windows
+        batch_size, context, seed = _whole(batch_size=batch_size, context=context, seed=seed)
         for k, v in dict(batch_size=batch_size, context=context).items():
             if v < 1: raise ValueError(f'{k}={v}: give at least 1')
         if not 0 <= rank < world:
@@ -646,7 +657,7 @@ def starts(self:Batches,
     if self._order[0] != epoch:
         s = np.arange(self.n_windows)*self.context
         if self.shuffle:
-            rng = np.random.default_rng([self.seed, epoch])
+            rng = np.random.default_rng([self.seed % 2**64, epoch])
             slack = len(self.tokens) - 1 - self.n_windows*self.context
             s = rng.integers(0, min(slack + 1, self.context)) + rng.permutation(s)
         self._order = epoch, s[self.rank::self.world][:self.share]
@@ -656,10 +667,11 @@ def starts(self:Batches,
 @patch
 def batch(self:Batches,
           epoch:int, # counted from 0
-          index:int  # of the batch in the epoch
+          index:int  # of the batch in the epoch; a fraction after `rebatch`
          )->tuple:   # (x, y), each (B, N) int64
     "The batch at one position of the stream, whatever was read before."
-    at = self.starts(epoch)[index*self.batch_size:(index+1)*self.batch_size]
+    first = round(index*self.batch_size)
+    at = self.starts(epoch)[first:first+self.batch_size]
     w = torch.from_numpy(np.asarray(self.tokens[at[:, None] + np.arange(self.context + 1)]).astype(np.int64))
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
@@ -676,9 +688,15 @@ def __iter__(self:Batches):
 @patch
 def _next(self:Batches):
     at = self.epoch, self.index
-    self.index += 1
-    if self.index >= len(self): self.epoch, self.index = self.epoch + 1, 0
+    self._go_to(self.epoch, round((self.index + 1)*self.batch_size))
     return self.batch(*at)
+
+@patch
+def _go_to(self:Batches, epoch, window):
+    "Go on from this window of the epoch, or from the next epoch if no full batch is left."
+    if window and self.share - window < (self.batch_size if self.shuffle else 1): epoch, window = epoch + 1, 0
+    self.epoch = epoch
+    self.index = window/self.batch_size if window % self.batch_size else window//self.batch_size
 
 # %% ../nbs/00_data.ipynb #c0096
 @patch
@@ -698,7 +716,8 @@ def load_state_dict(self:Batches, state:dict):
     if not 0 <= state['index'] < len(self):
         raise ValueError(f"saved at batch {state['index']}, but an epoch has {len(self)}: use the batch "
                          "size, context and text it was saved with")
-    self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
+    self.epoch, self.index = operator.index(state['epoch']), state['index']
+    self.seed, = _whole(seed=state['seed'])
     self._order = None, None
 
 # %% ../nbs/00_data.ipynb #c0113
@@ -741,16 +760,35 @@ def _encode_file(tok, text, file):
     return tokens, lossless
 
 # %% ../nbs/00_data.ipynb #c0119
-def _cache_key(corpus, tokenizer, vocab_size):
+_kept = 'tokenizer.json', 'train.npy', 'valid.npy', 'meta.json'
+
+def _hash(parts)->str:
     h = hashlib.blake2b(digest_size=16)
-    spec = (f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str)
-            else f'{type(tokenizer).__name__}:{tokenizer.to_json()}')
-    for part in (f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid):
-        h.update(part)
+    for p in parts: h.update(p)
     return h.hexdigest()
 
+def _hash_tokens(tokens, block=1<<22):
+    "Of the ids, however they are stored."
+    return _hash(np.asarray(tokens[i:i+block]).astype('<u4') for i in range(0, len(tokens), block))
+
+def _hash_file(file, block=1<<22):
+    with open(file, 'rb') as f: return _hash(iter(lambda: f.read(block), b''))
+
+def _damage(folder)->str: # what is wrong, or ''
+    "Compare the files with the manifest."
+    try:
+        manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+        return ', '.join(f for f in _kept if manifest[f] != _hash_file(folder/f))
+    except (OSError, ValueError, KeyError, TypeError) as e: return f'{type(e).__name__}: {e}'
+
+# %% ../nbs/00_data.ipynb #4419c608
+def _cache_key(corpus, tokenizer, vocab_size):
+    spec = (f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str)
+            else f'{type(tokenizer).__name__}:{tokenizer.to_json()}')
+    return _hash([f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid])
+
 def _fill(folder, corpus, tokenizer, vocab_size):
-    "Write tokenizer.json, train.npy, valid.npy and meta.json."
+    "Write tokenizer.json, train.npy, valid.npy, meta.json and last the manifest."
     parts = [corpus.train, corpus.valid]
     if tokenizer != 'bytes' and not isinstance(tokenizer, ByteTokenizer):
         parts = [corpus.text('train'), corpus.text('valid')]
@@ -764,8 +802,46 @@ def _fill(folder, corpus, tokenizer, vocab_size):
     hidden, size = 0. if lossless[1] else hidden_bits(tok, *parts), len(corpus.valid)
     floors = token_floors(*tokens, tok.vocab_size, size/len(tokens[1]), hidden and hidden/size)
     tok.save(folder)
-    meta = dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors), lossless=all(lossless))
+    meta = dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors), lossless=all(lossless),
+                hashes=[_hash_tokens(t) for t in tokens])
     (folder/'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    manifest = {f: _hash_file(folder/f) for f in _kept}
+    (folder/'manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
+
+# %% ../nbs/00_data.ipynb #07fd3581
+def _make(folder, *what):
+    "Fill `folder` unless it is there and whole. Of several processes one does it."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix('.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f'resnet_bk: another process makes the token files {folder}; waiting for it', file=sys.stderr)
+        lock.acquire()
+    new = folder.with_name(f'.new-{folder.name}')
+    try:
+        why = folder.exists() and _damage(folder)
+        if folder.exists() and not why: return
+        if why: warnings.warn(f'resnet_bk: the token files {folder} are damaged ({why}); making them again')
+        for old in (folder, new): # a killed process may have left `new`
+            if old.exists(): shutil.rmtree(old)
+        new.mkdir()
+        _fill(new, *what)
+        os.rename(new, folder)                               # atomic on one file system
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        lock.release()
+
+# %% ../nbs/00_data.ipynb #b9bbbc99
+_temporary = {} # process -> folder
+def _own_folder(why)->Path:
+    "A folder that is deleted when this process ends; says why, once."
+    me = os.getpid()
+    if me not in _temporary:
+        _temporary[me] = folder = Path(tempfile.mkdtemp(prefix='resnet_bk_'))
+        atexit.register(lambda: os.getpid() == me and shutil.rmtree(folder, ignore_errors=True))
+        warnings.warn(f'resnet_bk: token files are not kept ({why}); this process makes its own. '
+                      'Set RESNET_BK_CACHE to a folder of yours.')
+    return _temporary[me]
 
 # %% ../nbs/00_data.ipynb #c0120
 def token_files(corpus:Corpus,       # the text
@@ -775,21 +851,19 @@ def token_files(corpus:Corpus,       # the text
                )->Path:              # folder with tokenizer.json, train.npy, valid.npy and meta.json
     """Tokenise once, reuse ever after.
     `ValueError` if a text tokeniser meets bytes that are not UTF-8 or a part has fewer than two tokens."""
-    root = Path(cache or os.environ.get('RESNET_BK_CACHE') or '~/.cache/resnet_bk').expanduser()
-    folder = root/_cache_key(corpus, tokenizer, vocab_size)
-    if folder.exists(): return folder
-    new = root/f'.new-{uuid.uuid4().hex}'                # a name of our own: no other process writes here
-    try:new.mkdir(parents=True)
-    except OSError as e:
-        raise OSError(f'cannot write token files to {root} ({e.strerror}): set RESNET_BK_CACHE to a folder '
-                      'that can be written') from None
+    if not isinstance(tokenizer, (str, Tokenizer)):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: give 'bytes', 'chars', 'words', 'bpe' "
+                         "or a Tokenizer, such as BPETokenizer(...) around one of the tokenizers library")
+    key, what = _cache_key(corpus, tokenizer, vocab_size), (corpus, tokenizer, vocab_size)
     try:
-        _fill(new, corpus, tokenizer, vocab_size)
-        os.rename(new, folder)                           # atomic on one file system
-    except OSError:
-        if not folder.exists(): raise                    # another process was first: its files are the same
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        root = Path(cache or os.environ.get('RESNET_BK_CACHE') or Path.home()/'.cache'/'resnet_bk')
+        folder = root.expanduser().absolute()/key
+        if not folder.exists() or _damage(folder): _make(folder, *what)
+    except (OSError, NotImplementedError, RuntimeError) as e: # also: no locks here, no home
+        if type(e) is RuntimeError and 'home' not in str(e): raise
+        why = f'{getattr(e, "filename", None) or "cache"}: {getattr(e, "strerror", None) or e}'
+        folder = _own_folder(why)/key
+        if not folder.exists(): _make(folder, *what)
     return folder
 
 # %% ../nbs/00_data.ipynb #c0126
@@ -801,13 +875,16 @@ class LMData:
                  valid_tokens,        # 1-D array of ids
                  floors:Floors,       # of these tokens, see `token_floors`
                  name:str='text',     # of the text, for reports
-                 batch_size:int=12, context:int=64, seed:int=0, rank:int=0, world:int=1): # see `Batches`
+                 batch_size:int=12, context:int=64, seed:int=0, rank:int=0, world:int=1, # see `Batches`
+                 n_bytes:int=None):   # of the text, both parts
+        batch_size, context, seed = _whole(batch_size=batch_size, context=context, seed=seed)
         for s, t in (('training', train_tokens), ('validation', valid_tokens)):
             if len(t) <= context:
                 raise ValueError(f'the {s} part of {name!r} has {len(t)} {tokenizer.name} tokens, '
                                  f'one window of context={context} needs {context+1}: '
                                  'give more text, a shorter context or another valid_frac')
         store_attr()
+        self._hashes = None # of both parts, once they are known
         self.train = Batches(train_tokens, batch_size, context, seed, rank=rank, world=world)
         self.valid = Batches(valid_tokens, batch_size, context, seed, shuffle=False)
 
@@ -826,7 +903,7 @@ class LMData:
 @patch(cls_method=True)
 def from_corpus(cls:LMData,
                 corpus='stdlib',      # a `Corpus`, or a name for `load_corpus`
-                tokenizer='bytes',    # a `Tokenizer`, or a kind for `get_tokenizer`, built from training text
+                tokenizer='bytes',    # a `Tokenizer`, used as it is, or a kind, built from the training text
                 vocab_size:int=None,  # for a kind: see `get_tokenizer`
                 batch_size:int=12,    # sequences in a batch
                 context:int=64,       # tokens in a sequence
@@ -844,7 +921,20 @@ def from_corpus(cls:LMData,
     train, valid = (np.load(folder/f'{s}.npy', mmap_mode='r') for s in ('train', 'valid'))
     meta = json.loads((folder/'meta.json').read_text(encoding='utf-8'))
     floors, tok.lossless = Floors(**meta['floors']), meta['lossless']
-    return cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world)
+    data = cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world,
+               len(corpus.train) + len(corpus.valid))
+    data._hashes = meta['hashes']
+    return data
+
+# %% ../nbs/00_data.ipynb #0530c2ed
+@patch
+def fingerprint(self:LMData)->dict: # name, bytes, tokens, train, valid, tokenizer, batch_size, context
+    "What the data is, as JSON: sizes, and hashes of the tokens of both parts and of the tokeniser."
+    if self._hashes is None: self._hashes = [_hash_tokens(t) for t in (self.train_tokens, self.valid_tokens)]
+    tok = f'{type(self.tokenizer).__name__}:{self.tokenizer.to_json()}'.encode()
+    return dict(name=self.name, bytes=self.n_bytes, tokens=len(self.train_tokens) + len(self.valid_tokens),
+                train=self._hashes[0], valid=self._hashes[1], tokenizer=_hash([tok]),
+                batch_size=self.batch_size, context=self.context)
 
 # %% ../nbs/00_data.ipynb #c0129
 @patch
@@ -856,11 +946,16 @@ def report(self:LMData,
 
 @patch
 def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:
-    "The same text and tokens in other batches."
+    """The same text and tokens in other batches, from the same place of the same epoch. If only the size of
+    batches changes, no window comes twice in an epoch; another context or seed draws other windows for the rest."""
     pick = lambda new, old: old if new is None else new
-    return LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
-                  pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),
-                  self.rank, self.world)
+    new = LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
+                 pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),
+                 self.rank, self.world, self.n_bytes)
+    new._hashes = self._hashes
+    read = self.train.index*self.train.batch_size*self.context     # tokens of this epoch
+    new.train._go_to(self.train.epoch, round(read/new.context))
+    return new
 
 # %% ../nbs/00_data.ipynb #c0141
 def mqar_batch(batch_size:int,   # B
