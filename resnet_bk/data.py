@@ -174,7 +174,10 @@ def _from_splits(dd, repo, name, valid_frac):
 def _load_hub(name, valid_frac):
     """A Hub dataset as a `Corpus`.
     Fails fast, in one line, if the Hub cannot be reached and the dataset is not in the local cache."""
-    import datasets, huggingface_hub
+    try: import datasets, huggingface_hub
+    except ImportError as e:
+        raise ImportError(f'{name!r} is no path here, and text from the Hub needs the library {e.name}: '
+                          'pip install "resnet_bk[hub]"') from None
     from huggingface_hub.utils import RepositoryNotFoundError
     repo, config, rev = _hub_name.fullmatch(_short.get(name, name)).groups()
     instead = "use 'stdlib' (built in) or the path of a text file or folder"
@@ -212,9 +215,10 @@ def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'o
                 valid_frac:float=0.1 # fraction kept for validation where the text has no split of its own
                )->Corpus:            # the text
     """Find a text by name: `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths,
-    then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'.
+    then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'. `ValueError` for an empty
+    name and for files that are empty, compressed, UTF-16 or binary.
     `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network,
-    `ValueError` for an empty name and for files that are empty, compressed, UTF-16 or binary."""
+    `ImportError` for one without the library `datasets`."""
     if isinstance(name, (list, tuple)):
         paths = [_find(str(n)) if str(n).strip() else None for n in name]
         if not paths: raise ValueError('no corpus: the list of paths is empty')
@@ -947,7 +951,7 @@ def report(self:LMData,
 @patch
 def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:
     """The same text and tokens in other batches, from the same place of the same epoch. If only the size of
-    batches changes, no window comes twice in an epoch; another context or seed draws other windows for the rest."""
+    batches changes, no window comes twice in an epoch; another context or seed draws other windows."""
     pick = lambda new, old: old if new is None else new
     new = LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
                  pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),

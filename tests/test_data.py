@@ -412,3 +412,25 @@ def test_another_context_keeps_the_place():
     assert e.train.index*5*64 == 2560
     for _ in range(120): d.train._next()
     assert d.train.epoch == 1 and d.rebatch(batch_size=8, context=8).train.epoch == 1
+
+# ---- what an installation brings
+
+def test_extras(tmp_path):
+    code = 'import json, setuptools; setuptools.setup = lambda **kw: print(json.dumps([kw["install_requires"], kw["extras_require"]])); exec(open("setup.py", encoding="utf-8").read(), {"__file__": "setup.py"})'
+    needs, extras = json.loads(subprocess.run([sys.executable, '-c', code], cwd=top, capture_output=True, text=True, check=True).stdout)
+    assert not any(r.startswith('datasets') for r in needs) and any(r.startswith('datasets') for r in extras['hub']) and set(extras['hub']) <= set(extras['dev'])
+    assert {r for name,rs in extras.items() if name != 'all' for r in rs} == set(extras['all']) and {'hub', 'cuda', 'dev'} < set(extras)
+
+def test_without_datasets_everything_but_the_hub_works(tmp_path):
+    code = '''
+import sys
+for gone in ('datasets', 'pyarrow', 'pandas'): sys.modules[gone] = None
+import resnet_bk.cli
+from resnet_bk.data import LMData
+for kind in ('bytes', 'bpe'): LMData.from_corpus(sys.argv[1], kind, context=8)
+try: LMData.from_corpus('wikitext-2')
+except ImportError as e: print(e)
+'''
+    (tmp_path/'t.txt').write_text(TEXT)
+    out, _ = end(python(code, tmp_path/'t.txt', env={'RESNET_BK_CACHE': str(tmp_path/'cache'), 'RESNET_BK_DATA': str(tmp_path)}))
+    assert out.splitlines() == ["'wikitext-2' is no path here, and text from the Hub needs the library datasets: pip install \"resnet_bk[hub]\""]
