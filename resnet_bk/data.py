@@ -215,8 +215,8 @@ def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'o
                 valid_frac:float=0.1 # fraction kept for validation where the text has no split of its own
                )->Corpus:            # the text
     """Find a text by name: `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths,
-    then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'. `ValueError` for an empty
-    name and for files that are empty, compressed, UTF-16 or binary.
+    then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'.
+    `ValueError` for an empty name and for files that are empty, compressed, UTF-16 or binary.
     `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network,
     `ImportError` for one without the library `datasets`."""
     if isinstance(name, (list, tuple)):
