@@ -514,9 +514,11 @@ def hidden(self:Tokenizer,
     return None
 @patch
 def hidden(self:CharTokenizer, text:str)->tuple: # (unknown characters,)
+    text = _as_text(text)
     return [text[i] for i in np.flatnonzero(self.encode(text) == 0)],
 @patch
 def hidden(self:WordTokenizer, text:str)->tuple: # (white space around and between words, unknown words)
+    text = _as_text(text)
     return re.split(r'\S+', text), [w for w in text.split() if w not in self.ids]
 
 def _blocks(text, size=1<<23):
