@@ -8,6 +8,10 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 readme = here / "README.md"
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("hub", "cuda", "dev")}
+extras["cuda"] = [f'{r}; sys_platform != "darwin"' for r in extras["cuda"]]
+extras["dev"] += extras["hub"]  # the notebooks show text from the Hub
+extras["all"] = sorted({r for needs in extras.values() for r in needs})
 
 setup(
     name=cfg["lib_name"],
@@ -24,7 +28,7 @@ setup(
     package_data={cfg["lib_path"]: ["py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "cuda": cfg["cuda_requirements"].split()},
+    extras_require=extras,
     entry_points={
         "console_scripts": [line.strip() for line in cfg["console_scripts"].splitlines() if line.strip()],
         "resnet_bk.kernels": [line.strip() for line in cfg["kernels"].splitlines() if line.strip()],

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer', 'ByteTokenizer', 'CharTokenizer',
            'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'StreamDecoder', 'bits_per_byte',
-           'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
+           'hidden_bits', 'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
 
 # %% ../nbs/00_data.ipynb #c0005
-import codecs, hashlib, json, math, os, re, shutil, sys, sysconfig, uuid, warnings
+import atexit, codecs, copy, hashlib, json, math, operator, os, re, shutil, sys, sysconfig, tempfile
+import warnings
 import numpy as np, torch
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from fastcore.basics import patch, store_attr
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_data.ipynb #c0009
@@ -137,6 +139,7 @@ def _read_paths(paths, valid_frac):
         sources.append((str(f), at))
         at += len(raw)
     name = '+'.join([p.name if p.is_dir() else p.stem for p in paths][:2]) + '+…'*(len(paths) > 2)
+    name = os.fsencode(name).decode('utf-8', 'replace')      # the same under every locale
     return Corpus(name, *split_bytes(b''.join(parts), valid_frac), sources)
 
 # %% ../nbs/00_data.ipynb #c0025
@@ -171,7 +174,10 @@ def _from_splits(dd, repo, name, valid_frac):
 def _load_hub(name, valid_frac):
     """A Hub dataset as a `Corpus`.
     Fails fast, in one line, if the Hub cannot be reached and the dataset is not in the local cache."""
-    import datasets, huggingface_hub
+    try: import datasets, huggingface_hub
+    except ImportError as e:
+        raise ImportError(f'{name!r} is no path here, and text from the Hub needs the library {e.name}: '
+                          'pip install "resnet_bk[hub]"') from None
     from huggingface_hub.utils import RepositoryNotFoundError
     repo, config, rev = _hub_name.fullmatch(_short.get(name, name)).groups()
     instead = "use 'stdlib' (built in) or the path of a text file or folder"
@@ -210,8 +216,9 @@ def load_corpus(name='stdlib',       # 'stdlib', a path or a list of them, or 'o
                )->Corpus:            # the text
     """Find a text by name: `$RESNET_BK_DATA/<name>.txt` and `$RESNET_BK_DATA/<name>/` come first, then paths,
     then the Hub. Short names are 'wikitext-2', 'wikitext-103' and 'tinyshakespeare'.
+    `ValueError` for an empty name and for files that are empty, compressed, UTF-16 or binary.
     `FileNotFoundError` for a missing path, `ConnectionError` for a Hub dataset without a network,
-    `ValueError` for an empty name and for files that are empty, compressed, UTF-16 or binary."""
+    `ImportError` for one without the library `datasets`."""
     if isinstance(name, (list, tuple)):
         paths = [_find(str(n)) if str(n).strip() else None for n in name]
         if not paths: raise ValueError('no corpus: the list of paths is empty')
@@ -278,11 +285,12 @@ class CharTokenizer(Tokenizer):
         # the last entry stands for everything beyond: <unk>
         self.table = np.zeros(max(codes, default=0) + 2, np.int64)
         self.table[codes] = np.arange(1, self.vocab_size)
+        self.codes = np.array([0xfffd] + codes, '<u4')                   # of �, then of each character
 
     def encode(self, text)->np.ndarray:
-        codes = np.frombuffer(_as_text(text).encode('utf-32-le'), np.uint32)
+        codes = np.frombuffer(_as_text(text).encode('utf-32-le'), '<u4')
         return self.table[np.minimum(codes, len(self.table) - 1)]
-    def decode(self, ids)->str: return ''.join(self.vocab[i-1] if i else '�' for i in self._ids(ids))
+    def decode(self, ids)->str: return self.codes[self._ids(ids)].tobytes().decode('utf-32-le')
     def to_json(self)->str: return json.dumps({'kind': 'chars', 'vocab': self.vocab})
 
 # %% ../nbs/00_data.ipynb #c0054
@@ -352,13 +360,15 @@ def get_tokenizer(kind:str='bytes',    # 'bytes', 'chars', 'words' or 'bpe'
     return WordTokenizer(w for w, _ in counts.most_common((vocab_size or 30_000) - 1))
 
 # %% ../nbs/00_data.ipynb #327cabe0
+def _gives_back(tok, ids, text):
+    return isinstance(tok, ByteTokenizer) or _as_bytes(tok.decode(ids)) == _as_bytes(text)
+
 @patch
 def is_lossless_on(self:Tokenizer,
                    text   # `str`, or `bytes` of UTF-8
                   )->bool:# whether decoding gives the text back
     "Encode, decode, compare."
-    if isinstance(self, ByteTokenizer): return True
-    return _as_bytes(self.decode(self.encode(text))) == _as_bytes(text)
+    return _gives_back(self, self.encode(text), text)
 
 # %% ../nbs/00_data.ipynb #c0066
 @patch
@@ -489,10 +499,58 @@ def stream(self:BPETokenizer)->StreamDecoder:
 
 # %% ../nbs/00_data.ipynb #c0073
 def bits_per_byte(nats,                      # cross entropy, nats per token
-                  bytes_per_token:float=1.0  # bytes of the text measured on, divided by its tokens
-                 )->float:                   # bits per byte of text
+                  bytes_per_token:float=1.0, # bytes of the text measured on, divided by its tokens
+                  hidden:float=0.0           # bits per byte that the tokens do not tell; None: unknown
+                 )->float:                   # bits per byte of text; None if `hidden` is
     "The same loss in the unit that does not depend on the tokeniser."
-    return float(nats)/math.log(2)/bytes_per_token
+    return None if hidden is None else float(nats)/math.log(2)/bytes_per_token + hidden
+
+# %% ../nbs/00_data.ipynb #c8159cd3
+@patch
+def hidden(self:Tokenizer,
+           text:str # in Unicode
+          )->tuple: # lists of strings; None: unknown
+    "What `encode` does not keep: with the tokens and these lists the text can be put together again."
+    return None
+@patch
+def hidden(self:CharTokenizer, text:str)->tuple: # (unknown characters,)
+    text = _as_text(text)
+    return [text[i] for i in np.flatnonzero(self.encode(text) == 0)],
+@patch
+def hidden(self:WordTokenizer, text:str)->tuple: # (white space around and between words, unknown words)
+    text = _as_text(text)
+    return re.split(r'\S+', text), [w for w in text.split() if w not in self.ids]
+
+def _blocks(text, size=1<<23):
+    "Cut a long text after newlines, into pieces of about `size`; no token here crosses a newline."
+    i, newline = 0, '\n' if isinstance(text, str) else b'\n'
+    while i < len(text):
+        j = text.find(newline, i + size) + 1 or len(text)
+        yield text[i:j]
+        i = j
+
+# %% ../nbs/00_data.ipynb #d2101109
+def _spelling(strings):
+    "Bits of each byte value by its frequency in these strings; 255, which UTF-8 never uses, ends a string."
+    raw = b''.join(s.encode() + b'\xff' for s in strings)
+    n = np.bincount(np.frombuffer(raw, np.uint8), minlength=256) + .5
+    return -np.log2(n/n.sum())
+
+def hidden_bits(tokenizer:Tokenizer,
+                train:str, # to count in
+                valid:str  # to code
+               )->float:   # bits; None: unknown
+    "What the tokens of `valid` do not tell of it, coded by frequencies in `train`."
+    if tokenizer.hidden('') is None: return None
+    bits, streams = 0., len(tokenizer.hidden(''))
+    for k in range(streams):
+        seen = Counter(s for block in _blocks(train) for s in tokenizer.hidden(block)[k])
+        N, spell = sum(seen.values()), _spelling(seen)
+        asked = Counter(s for block in _blocks(valid) for s in tokenizer.hidden(block)[k])
+        for s, times in asked.items():
+            new = 0 if s in seen else spell[np.frombuffer(s.encode() + b'\xff', np.uint8)].sum()
+            bits += times*(math.log2((N + 1)/seen.get(s, 1)) + new)
+    return float(bits)
 
 # %% ../nbs/00_data.ipynb #c0079
 def _count_pairs(tokens, V, block=1<<24):
@@ -512,10 +570,16 @@ class Floors:
     unigram:float             # nats per token
     bigram:float              # nats per token
     bytes_per_token:float=1.0 # of the validation text
+    hidden:float=0.0          # bits per byte that the tokens do not tell of it; None: unknown
+
+    def bpb(self, nats)->float: # None if that is unknown
+        "A loss on this text in bits per byte."
+        return bits_per_byte(nats, self.bytes_per_token, self.hidden)
 
     def table(self)->str:     # Markdown
         "Both floors in nats per token, perplexity and bits per byte."
-        rows = [f'| {k:7} | {v:11.3f} | {math.exp(v):10.2f} | {bits_per_byte(v, self.bytes_per_token):9.3f} |'
+        bpb = lambda v: '—' if self.hidden is None else f'{self.bpb(v):.3f}'
+        rows = [f'| {k:7} | {v:11.3f} | {math.exp(v):10.2f} | {bpb(v):>9} |'
                 for k, v in (('unigram', self.unigram), ('bigram', self.bigram))]
         return '\n'.join(['| floor   | nats/token  | perplexity | bits/byte |',
                           '| ------- | ----------: | ---------: | --------: |'] + rows)
@@ -525,7 +589,8 @@ class Floors:
 def token_floors(train,                     # training token ids, 1-D
                  valid,                     # validation token ids, 1-D, at least two
                  vocab_size:int,            # ids are below this
-                 bytes_per_token:float=1.0  # of the validation text, for bits per byte
+                 bytes_per_token:float=1.0, # of the validation text, for bits per byte
+                 hidden:float=0.0           # bits per byte that the tokens do not tell
                 )->Floors:                  # nats per token over valid[1:], the tokens a model has to predict
     """Count `train`, score `valid`: unigram (add 1/2) and bigram (absolute discounting; Ney, Essen and Kneser
     1994). Memory grows with the pairs that occur, not with V²."""
@@ -543,9 +608,16 @@ def token_floors(train,                     # training token ids, 1-D
     cuw = np.where(codes[at] == vcodes, counts[at], 0) if len(codes) else np.zeros(len(u))
     p2 = np.where(cu[u] > 0, (np.maximum(cuw - D, 0) + D*nu[u]*p1[w])/np.maximum(cu[u], 1), p1[w])
     nats = lambda p: float(-(np.log(p)*vcounts).sum()/vcounts.sum())
-    return Floors(nats(p1[w]), nats(p2), bytes_per_token)
+    return Floors(nats(p1[w]), nats(p2), bytes_per_token, hidden)
 
 # %% ../nbs/00_data.ipynb #c0088
+def _whole(**given):
+    "Integers of any type (numpy's, a tensor of one) as Python's; `ValueError` for anything else."
+    for k, v in given.items():
+        try: yield operator.index(v)
+        except TypeError: raise ValueError(f'{k}={v!r}: give an integer') from None
+
+# %% ../nbs/00_data.ipynb #bde109ff
 class Batches:
     """Batches (x, y) of `int64` tensors (B, N); y is x shifted by one.
     `shuffle=True`: windows from a random offset in random order, new each epoch, full batches only (a smaller
@@ -559,6 +631,7 @@ class Batches:
                  shuffle:bool=True, # training order, or every window once in order
                  rank:int=0,        # this process, of
                  world:int=1):      # so many that share the windows
+        batch_size, context, seed = _whole(batch_size=batch_size, context=context, seed=seed)
         for k, v in dict(batch_size=batch_size, context=context).items():
             if v < 1: raise ValueError(f'{k}={v}: give at least 1')
         if not 0 <= rank < world:
@@ -590,7 +663,7 @@ def starts(self:Batches,
     if self._order[0] != epoch:
         s = np.arange(self.n_windows)*self.context
         if self.shuffle:
-            rng = np.random.default_rng([self.seed, epoch])
+            rng = np.random.default_rng([self.seed % 2**64, epoch])
             slack = len(self.tokens) - 1 - self.n_windows*self.context
             s = rng.integers(0, min(slack + 1, self.context)) + rng.permutation(s)
         self._order = epoch, s[self.rank::self.world][:self.share]
@@ -600,10 +673,11 @@ def starts(self:Batches,
 @patch
 def batch(self:Batches,
           epoch:int, # counted from 0
-          index:int  # of the batch in the epoch
+          index:int  # of the batch in the epoch; a fraction after `rebatch`
          )->tuple:   # (x, y), each (B, N) int64
     "The batch at one position of the stream, whatever was read before."
-    at = self.starts(epoch)[index*self.batch_size:(index+1)*self.batch_size]
+    first = round(index*self.batch_size)
+    at = self.starts(epoch)[first:first+self.batch_size]
     w = torch.from_numpy(np.asarray(self.tokens[at[:, None] + np.arange(self.context + 1)]).astype(np.int64))
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
@@ -620,9 +694,15 @@ def __iter__(self:Batches):
 @patch
 def _next(self:Batches):
     at = self.epoch, self.index
-    self.index += 1
-    if self.index >= len(self): self.epoch, self.index = self.epoch + 1, 0
+    self._go_to(self.epoch, round((self.index + 1)*self.batch_size))
     return self.batch(*at)
+
+@patch
+def _go_to(self:Batches, epoch, window):
+    "Go on from this window of the epoch, or from the next epoch if no full batch is left."
+    if window and self.share - window < (self.batch_size if self.shuffle else 1): epoch, window = epoch + 1, 0
+    self.epoch = epoch
+    self.index = window/self.batch_size if window % self.batch_size else window//self.batch_size
 
 # %% ../nbs/00_data.ipynb #c0096
 @patch
@@ -642,7 +722,8 @@ def load_state_dict(self:Batches, state:dict):
     if not 0 <= state['index'] < len(self):
         raise ValueError(f"saved at batch {state['index']}, but an epoch has {len(self)}: use the batch "
                          "size, context and text it was saved with")
-    self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
+    self.epoch, self.index = operator.index(state['epoch']), state['index']
+    self.seed, = _whole(seed=state['seed'])
     self._order = None, None
 
 # %% ../nbs/00_data.ipynb #c0113
@@ -670,48 +751,103 @@ def show_batch(x,              # (B, N) token ids
     return ax
 
 # %% ../nbs/00_data.ipynb #c0117
-_format = 1 # part of every key: raise it when what is stored changes
-
-def _blocks(text, size=1<<23):
-    "Cut a long text after newlines, into pieces of about `size`; no token here crosses a newline."
-    i, newline = 0, '\n' if isinstance(text, str) else b'\n'
-    while i < len(text):
-        j = text.find(newline, i + size) + 1 or len(text)
-        yield text[i:j]
-        i = j
+_format = 2 # part of every key: raise it when what is stored changes
 
 def _encode_file(tok, text, file):
-    "Encode `text` block by block into a .npy file of the smallest of uint16 and uint32; returns the array."
+    """Encode `text` block by block into a .npy file of the smallest of uint16 and uint32.
+    Returns the array and whether decoding gives the text back."""
     dtype, blocks = (np.uint16 if tok.vocab_size <= 1<<16 else np.uint32), list(_blocks(text))
-    bar = tqdm(blocks, 'encode', disable=len(blocks) < 3, leave=False)
-    tokens = np.concatenate([np.zeros(0, dtype)] + [tok.encode(b).astype(dtype) for b in bar])
+    parts, lossless = [np.zeros(0, dtype)], True
+    for b in tqdm(blocks, 'encode', disable=len(blocks) < 3, leave=False):
+        parts.append(tok.encode(b).astype(dtype))
+        lossless = lossless and _gives_back(tok, parts[-1], b)
+    tokens = np.concatenate(parts)
     np.save(file, tokens)
-    return tokens
+    return tokens, lossless
 
 # %% ../nbs/00_data.ipynb #c0119
-def _cache_key(corpus, tokenizer, vocab_size):
+_kept = 'tokenizer.json', 'train.npy', 'valid.npy', 'meta.json'
+
+def _hash(parts)->str:
     h = hashlib.blake2b(digest_size=16)
-    spec = (f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str)
-            else f'{type(tokenizer).__name__}:{tokenizer.to_json()}')
-    for part in (f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid):
-        h.update(part)
+    for p in parts: h.update(p)
     return h.hexdigest()
 
+def _hash_tokens(tokens, block=1<<22):
+    "Of the ids, however they are stored."
+    return _hash(np.asarray(tokens[i:i+block]).astype('<u4') for i in range(0, len(tokens), block))
+
+def _hash_file(file, block=1<<22):
+    with open(file, 'rb') as f: return _hash(iter(lambda: f.read(block), b''))
+
+def _damage(folder)->str: # what is wrong, or ''
+    "Compare the files with the manifest."
+    try:
+        manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+        return ', '.join(f for f in _kept if manifest[f] != _hash_file(folder/f))
+    except (OSError, ValueError, KeyError, TypeError) as e: return f'{type(e).__name__}: {e}'
+
+# %% ../nbs/00_data.ipynb #4419c608
+def _cache_key(corpus, tokenizer, vocab_size):
+    spec = (f'{tokenizer}:{vocab_size}' if isinstance(tokenizer, str)
+            else f'{type(tokenizer).__name__}:{tokenizer.to_json()}')
+    return _hash([f'{_format}|{len(corpus.train)}|{spec}|'.encode(), corpus.train, corpus.valid])
+
 def _fill(folder, corpus, tokenizer, vocab_size):
-    "Write tokenizer.json, train.npy, valid.npy and meta.json."
+    "Write tokenizer.json, train.npy, valid.npy, meta.json and last the manifest."
     parts = [corpus.train, corpus.valid]
     if tokenizer != 'bytes' and not isinstance(tokenizer, ByteTokenizer):
         parts = [corpus.text('train'), corpus.text('valid')]
     tok = get_tokenizer(tokenizer, parts[0], vocab_size) if isinstance(tokenizer, str) else tokenizer
-    tokens = [_encode_file(tok, t, folder/f'{s}.npy') for t, s in zip(parts, ('train', 'valid'))]
+    tokens, lossless = zip(*[_encode_file(tok, t, folder/f'{s}.npy')
+                             for t, s in zip(parts, ('train', 'valid'))])
     for t, s in zip(tokens, ('training', 'validation')):
         if len(t) < 2:
             raise ValueError(f'the {s} part of {corpus.name!r} has {len(t)} {tok.name} tokens: at least 2 '
                              'are needed, give more text')
-    floors = token_floors(*tokens, tok.vocab_size, len(corpus.valid)/len(tokens[1]))
+    hidden, size = 0. if lossless[1] else hidden_bits(tok, *parts), len(corpus.valid)
+    floors = token_floors(*tokens, tok.vocab_size, size/len(tokens[1]), hidden and hidden/size)
     tok.save(folder)
-    (folder/'meta.json').write_text(json.dumps(dict(corpus=corpus.name, tokenizer=tok.name,
-                                                    floors=vars(floors))))
+    meta = dict(corpus=corpus.name, tokenizer=tok.name, floors=vars(floors), lossless=all(lossless),
+                hashes=[_hash_tokens(t) for t in tokens])
+    (folder/'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    manifest = {f: _hash_file(folder/f) for f in _kept}
+    (folder/'manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
+
+# %% ../nbs/00_data.ipynb #07fd3581
+def _make(folder, *what):
+    "Fill `folder` unless it is there and whole. Of several processes one does it."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix('.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f'resnet_bk: another process makes the token files {folder}; waiting for it', file=sys.stderr)
+        lock.acquire()
+    new = folder.with_name(f'.new-{folder.name}')
+    try:
+        why = folder.exists() and _damage(folder)
+        if folder.exists() and not why: return
+        if why: warnings.warn(f'resnet_bk: the token files {folder} are damaged ({why}); making them again')
+        for old in (folder, new): # a killed process may have left `new`
+            if old.exists(): shutil.rmtree(old)
+        new.mkdir()
+        _fill(new, *what)
+        os.rename(new, folder)                               # atomic on one file system
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        lock.release()
+
+# %% ../nbs/00_data.ipynb #b9bbbc99
+_temporary = {} # process -> folder
+def _own_folder(why)->Path:
+    "A folder that is deleted when this process ends; says why, once."
+    me = os.getpid()
+    if me not in _temporary:
+        _temporary[me] = folder = Path(tempfile.mkdtemp(prefix='resnet_bk_'))
+        atexit.register(lambda: os.getpid() == me and shutil.rmtree(folder, ignore_errors=True))
+        warnings.warn(f'resnet_bk: token files are not kept ({why}); this process makes its own. '
+                      'Set RESNET_BK_CACHE to a folder of yours.')
+    return _temporary[me]
 
 # %% ../nbs/00_data.ipynb #c0120
 def token_files(corpus:Corpus,       # the text
@@ -721,21 +857,19 @@ def token_files(corpus:Corpus,       # the text
                )->Path:              # folder with tokenizer.json, train.npy, valid.npy and meta.json
     """Tokenise once, reuse ever after.
     `ValueError` if a text tokeniser meets bytes that are not UTF-8 or a part has fewer than two tokens."""
-    root = Path(cache or os.environ.get('RESNET_BK_CACHE') or '~/.cache/resnet_bk').expanduser()
-    folder = root/_cache_key(corpus, tokenizer, vocab_size)
-    if folder.exists(): return folder
-    new = root/f'.new-{uuid.uuid4().hex}'                # a name of our own: no other process writes here
-    try:new.mkdir(parents=True)
-    except OSError as e:
-        raise OSError(f'cannot write token files to {root} ({e.strerror}): set RESNET_BK_CACHE to a folder '
-                      'that can be written') from None
+    if not isinstance(tokenizer, (str, Tokenizer)):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: give 'bytes', 'chars', 'words', 'bpe' "
+                         "or a Tokenizer, such as BPETokenizer(...) around one of the tokenizers library")
+    key, what = _cache_key(corpus, tokenizer, vocab_size), (corpus, tokenizer, vocab_size)
     try:
-        _fill(new, corpus, tokenizer, vocab_size)
-        os.rename(new, folder)                           # atomic on one file system
-    except OSError:
-        if not folder.exists(): raise                    # another process was first: its files are the same
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        root = Path(cache or os.environ.get('RESNET_BK_CACHE') or Path.home()/'.cache'/'resnet_bk')
+        folder = root.expanduser().absolute()/key
+        if not folder.exists() or _damage(folder): _make(folder, *what)
+    except (OSError, NotImplementedError, RuntimeError) as e: # also: no locks here, no home
+        if type(e) is RuntimeError and 'home' not in str(e): raise
+        why = f'{getattr(e, "filename", None) or "cache"}: {getattr(e, "strerror", None) or e}'
+        folder = _own_folder(why)/key
+        if not folder.exists(): _make(folder, *what)
     return folder
 
 # %% ../nbs/00_data.ipynb #c0126
@@ -747,13 +881,16 @@ class LMData:
                  valid_tokens,        # 1-D array of ids
                  floors:Floors,       # of these tokens, see `token_floors`
                  name:str='text',     # of the text, for reports
-                 batch_size:int=12, context:int=64, seed:int=0, rank:int=0, world:int=1): # see `Batches`
+                 batch_size:int=12, context:int=64, seed:int=0, rank:int=0, world:int=1, # see `Batches`
+                 n_bytes:int=None):   # of the text, both parts
+        batch_size, context, seed = _whole(batch_size=batch_size, context=context, seed=seed)
         for s, t in (('training', train_tokens), ('validation', valid_tokens)):
             if len(t) <= context:
                 raise ValueError(f'the {s} part of {name!r} has {len(t)} {tokenizer.name} tokens, '
                                  f'one window of context={context} needs {context+1}: '
                                  'give more text, a shorter context or another valid_frac')
         store_attr()
+        self._hashes = None # of both parts, once they are known
         self.train = Batches(train_tokens, batch_size, context, seed, rank=rank, world=world)
         self.valid = Batches(valid_tokens, batch_size, context, seed, shuffle=False)
 
@@ -772,7 +909,7 @@ class LMData:
 @patch(cls_method=True)
 def from_corpus(cls:LMData,
                 corpus='stdlib',      # a `Corpus`, or a name for `load_corpus`
-                tokenizer='bytes',    # a `Tokenizer`, or a kind for `get_tokenizer`, built from training text
+                tokenizer='bytes',    # a `Tokenizer`, used as it is, or a kind, built from the training text
                 vocab_size:int=None,  # for a kind: see `get_tokenizer`
                 batch_size:int=12,    # sequences in a batch
                 context:int=64,       # tokens in a sequence
@@ -786,27 +923,45 @@ def from_corpus(cls:LMData,
     `ValueError` if a part is shorter than one window."""
     if not isinstance(corpus, Corpus): corpus = load_corpus(corpus, valid_frac)
     folder = token_files(corpus, tokenizer, vocab_size, cache)
-    tok = load_tokenizer(folder) if isinstance(tokenizer, str) else tokenizer
+    tok = load_tokenizer(folder) if isinstance(tokenizer, str) else copy.copy(tokenizer)
     train, valid = (np.load(folder/f'{s}.npy', mmap_mode='r') for s in ('train', 'valid'))
-    floors = Floors(**json.loads((folder/'meta.json').read_text())['floors'])
-    return cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world)
+    meta = json.loads((folder/'meta.json').read_text(encoding='utf-8'))
+    floors, tok.lossless = Floors(**meta['floors']), meta['lossless']
+    data = cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world,
+               len(corpus.train) + len(corpus.valid))
+    data._hashes = meta['hashes']
+    return data
+
+# %% ../nbs/00_data.ipynb #0530c2ed
+@patch
+def fingerprint(self:LMData)->dict: # name, bytes, tokens, train, valid, tokenizer, batch_size, context
+    "What the data is, as JSON: sizes, and hashes of the tokens of both parts and of the tokeniser."
+    if self._hashes is None: self._hashes = [_hash_tokens(t) for t in (self.train_tokens, self.valid_tokens)]
+    tok = f'{type(self.tokenizer).__name__}:{self.tokenizer.to_json()}'.encode()
+    return dict(name=self.name, bytes=self.n_bytes, tokens=len(self.train_tokens) + len(self.valid_tokens),
+                train=self._hashes[0], valid=self._hashes[1], tokenizer=_hash([tok]),
+                batch_size=self.batch_size, context=self.context)
 
 # %% ../nbs/00_data.ipynb #c0129
 @patch
 def report(self:LMData,
            nats # validation cross entropy, nats per token
           )->dict: # nats, ppl (perplexity), bpb (bits per byte)
-    "One loss in all three units."
-    return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)),
-                bpb=bits_per_byte(nats, self.bytes_per_token))
+    "One loss in all three units. `bpb` is None if the tokens hide text and it is unknown how much."
+    return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=self.floors.bpb(nats))
 
 @patch
 def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:
-    "The same text and tokens in other batches."
+    """The same text and tokens in other batches, from the same place of the same epoch. If only the size of
+    batches changes, no window comes twice in an epoch; another context or seed draws other windows."""
     pick = lambda new, old: old if new is None else new
-    return LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
-                  pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),
-                  self.rank, self.world)
+    new = LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
+                 pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),
+                 self.rank, self.world, self.n_bytes)
+    new._hashes = self._hashes
+    read = self.train.index*self.train.batch_size*self.context     # tokens of this epoch
+    new.train._go_to(self.train.epoch, round(read/new.context))
+    return new
 
 # %% ../nbs/00_data.ipynb #c0141
 def mqar_batch(batch_size:int,   # B
