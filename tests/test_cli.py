@@ -21,7 +21,7 @@ def test_train_then_generate(tmp_path):
 def test_experts(tmp_path):
     r = run('train', '--steps', '8', '--experts', '4', '--top_k', '2', *small, cwd=tmp_path); assert r.returncode == 0 and 'experts unused' in r.stdout, r.stderr
     last = json.loads((tmp_path/'bk_run'/'metrics.jsonl').read_text().splitlines()[-1]); assert len(last['expert_usage'][0]) == 4 and last['routing_entropy'] > 0
-    assert json.loads((tmp_path/'bk_run'/'model'/'config.json').read_text())['experts'] == 4
+    assert json.loads((tmp_path/'bk_run'/'model'/'config.json').read_text())['ffn_kw'] == {'num_experts': 4, 'top_k': 2}
     assert run('generate', 'bk_run', '--prompt', 'def f', '--n', '5', cwd=tmp_path).stdout.startswith('def f')
     r = run('train', '--steps', '2', '--experts', '2', '--top_k', '3', *small, cwd=tmp_path); assert r.returncode == 1 and 'top_k' in r.stderr and 'Traceback' not in r.stderr, r.stderr
 
