@@ -109,3 +109,17 @@ def test_weight_decay_spares_what_is_a_place():
             assert {n.split('.')[-1] for n in yes} <= {'weight', 'w1', 'w2'} and all(dict(m.named_parameters())[n].ndim > 1 for n in yes)
             assert len(yes) + len(no) == len(names) and any(n.endswith('conv.taps') for n in no)
             assert any(n.endswith('ffn.b1') for n in no) == ('ffn' in kw)
+
+def test_hidden_states_of_a_compiled_model_and_of_one_in_a_wrapper():
+    from resnet_bk.model import hidden_states
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    m, x = ResNetBK(ModelConfig(65, 16, 2, recompute=True)), torch.randint(65, (2, 9))
+    with hidden_states(m) as want: y = m(x)
+    for wrapped in (torch.compile(m, backend='aot_eager'), torch.nn.ModuleDict(dict(a=m))):
+        if isinstance(wrapped, torch.nn.ModuleDict): wrapped.module, wrapped.forward = m, m.forward
+        torch.testing.assert_close(wrapped(x), y)
+        with hidden_states(wrapped) as got: wrapped(x).sum().backward()
+        assert len(got) == 2 and m._hidden is None
+        for a,b in zip(got, want): torch.testing.assert_close(a, b)
+        wrapped(x); assert len(got) == 2
