@@ -335,7 +335,8 @@ def _nothing_left(block): # of a block that is computed again
     finally: _pop_losses(block)
 
 def _recomputed(block, args):
-    kw = {} if torch.compiler.is_compiling() else dict(context_fn=lambda: (nullcontext(), _nothing_left(block)))
+    contexts = lambda: (nullcontext(), _nothing_left(block))
+    kw = {} if torch.compiler.is_compiling() else dict(context_fn=contexts)
     return checkpoint(block, *args, use_reentrant=False, **kw)
 
 # %% ../nbs/04_model.ipynb #c0015
