@@ -290,27 +290,30 @@ class ResNetBK(
         if not c.tie: self.head.bias = nn.Parameter(torch.zeros(V))
         self._init({self.head}.union(*(drawn for _,drawn in made)))
 
-    def _block(self, i): # of layer i, and the modules in it whose weights the model draws
-        c, name = self.config, self.config.mixer_of(i)
-        mixer, a = MIXERS.make(name, c, layer=i, **c.mixer_kw.get(name, {}))
-        ffn, b = (None, set()) if c.ffn is None else FFNS.make(c.ffn, c, layer=i, **c.ffn_kw)
-        block, rest = BLOCKS.make(c.block, c, mixer, ffn, layer=i, **c.block_kw)
-        return block, a | b | rest
-
-    def _init(self, drawn):
-        nn.init.normal_(self.embed.weight, std=.02 if self.config.tie else 1.)
-        depth = math.sqrt(2*len(self.blocks))
-        for name,m in self.named_modules():
-            if isinstance(m, nn.Linear) and m in drawn:
-                # what is added to the residual stream starts smaller, with depth
-                last = name.endswith(('out_proj', 'ffn.2'))
-                std = .02 if m is self.head else m.in_features**-.5/(depth if last else 1)
-                nn.init.normal_(m.weight, std=std)
-            if hasattr(m, 'scale_residual'): m.scale_residual(1/depth)
-
     def n_params(self): return sum(p.numel() for p in self.parameters())
     @property
     def bias(self): return getattr(self.head, 'bias', None) # of the output, (vocab,)
+
+# %% ../nbs/04_model.ipynb #c99185ea
+@patch
+def _block(self:ResNetBK, i): # of layer i, and the modules in it whose weights the model draws
+    c, name = self.config, self.config.mixer_of(i)
+    mixer, a = MIXERS.make(name, c, layer=i, **c.mixer_kw.get(name, {}))
+    ffn, b = (None, set()) if c.ffn is None else FFNS.make(c.ffn, c, layer=i, **c.ffn_kw)
+    block, rest = BLOCKS.make(c.block, c, mixer, ffn, layer=i, **c.block_kw)
+    return block, a | b | rest
+
+@patch
+def _init(self:ResNetBK, drawn):
+    nn.init.normal_(self.embed.weight, std=.02 if self.config.tie else 1.)
+    depth = math.sqrt(2*len(self.blocks))
+    for name,m in self.named_modules():
+        if isinstance(m, nn.Linear) and m in drawn:
+            # what is added to the residual stream starts smaller, with depth
+            last = name.endswith(('out_proj', 'ffn.2'))
+            std = .02 if m is self.head else m.in_features**-.5/(depth if last else 1)
+            nn.init.normal_(m.weight, std=std)
+        if hasattr(m, 'scale_residual'): m.scale_residual(1/depth)
 
 # %% ../nbs/04_model.ipynb #71748d48
 def _check_input(model, x, state, cut):
@@ -332,7 +335,8 @@ def _nothing_left(block): # of a block that is computed again
     finally: _pop_losses(block)
 
 def _recomputed(block, args):
-    kw = {} if torch.compiler.is_compiling() else dict(context_fn=lambda: (nullcontext(), _nothing_left(block)))
+    contexts = lambda: (nullcontext(), _nothing_left(block))
+    kw = {} if torch.compiler.is_compiling() else dict(context_fn=contexts)
     return checkpoint(block, *args, use_reentrant=False, **kw)
 
 # %% ../nbs/04_model.ipynb #c0015
@@ -483,7 +487,9 @@ ResNetBK._from_pretrained = classmethod(_from_pretrained)
 def _load_as_safetensor(cls, model, model_file, map_location, strict):
     try: return super(ResNetBK, cls)._load_as_safetensor(model, model_file, map_location, strict)
     except (SafetensorError, RuntimeError) as e:
-        what = 'is damaged or cut short' if isinstance(e, SafetensorError) else 'does not fit'
+        damaged = isinstance(e, SafetensorError)
+        if not damaged and 'loading state_dict' not in str(e): raise
+        what = 'is damaged or cut short' if damaged else 'does not fit'
         raise ValueError(f'{model_file} {what}: {" ".join(str(e).split())}') from e
 ResNetBK._load_as_safetensor = classmethod(_load_as_safetensor)
 

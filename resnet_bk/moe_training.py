@@ -20,7 +20,7 @@ from .learner import Callback, register_metric, register_option
 @FFNS.register('moe', init=True)
 @delegates(SparseMoE)
 def moe_ffn(config, jacobian:str='full', **kwargs)->AnalyticMoELayer:
-    "The feed-forward 'moe': a mixture of experts in every block; the arguments are those of `AnalyticMoELayer`."
+    "The feed-forward 'moe', a mixture of experts; it takes the arguments of `AnalyticMoELayer`."
     return AnalyticMoELayer(config.d_model, jacobian=jacobian, **kwargs)
 
 # %% ../nbs/05d_moe_training.ipynb #e9cd8d0f
