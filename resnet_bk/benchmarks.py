@@ -17,10 +17,10 @@ from .bk_core import BACKENDS, resolvent_diag, resolvent_mix
 from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import ModelConfig, ResNetBK, init_unigram
-from .learner import Learner, MoEBalance
+from .learner import Learner, MixedPrecisionTrainer, MoEBalance
 from .moe import expert_usage, moe_layers, plot_usage, unused_experts
 from .fused_layers import layer_op, layer_params
-from .hardware import EMULATED, MixedPrecisionTrainer
+from .hardware import EMULATED
 
 # %% ../nbs/15_benchmarks.ipynb #c0007
 def machine()->str: # one line

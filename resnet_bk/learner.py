@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HOOKS', 'lm_loss', 'lr_at', 'param_groups', 'TrainingMetrics', 'read_metrics', 'Callback', 'CancelStep', 'CancelFit',
            'Learner', 'by_default', 'Evaluator', 'peak_memory_mb', 'Recorder', 'Progress', 'LivePlot', 'Timing',
-           'MoEBalance', 'pack_state', 'unpack_state', 'rng_state', 'set_rng_state', 'write_checkpoint',
-           'check_checkpoint', 'newest_checkpoint', 'Checkpointer', 'all_finite', 'first_bad_module',
-           'NumericalStabilityMonitor']
+           'MoEBalance', 'MixedPrecisionTrainer', 'undone', 'capture_step', 'pack_state', 'unpack_state', 'rng_state',
+           'set_rng_state', 'write_checkpoint', 'check_checkpoint', 'newest_checkpoint', 'Checkpointer', 'all_finite',
+           'first_bad_module', 'NumericalStabilityMonitor']
 
 # %% ../nbs/05_learner.ipynb #c0005
 import atexit, copy, hashlib, json, math, os, random, shutil, signal, sys, tempfile, threading, time, weakref
@@ -783,6 +783,111 @@ class MoEBalance(Callback):
         self.used = self.counts + (self.used if 'expert_usage' in self.learn.logged else 0)
         self.learn.log(expert_usage=self.used/self.used.sum(-1, keepdim=True).clamp(min=1))
         if self.bias_rate: [move_bias(m, c, self.bias_rate) for m,c in zip(self.layers, self.counts)]
+
+# %% ../nbs/05_learner.ipynb #half0002
+class MixedPrecisionTrainer:
+    "The design notes' mixed precision step by `accelerate`: autocast, fp16 scaling, clipping."
+    def __init__(self,
+        model:nn.Module,
+        optimizer,           # over the model's parameters
+        precision:str=None,  # 'bf16', 'fp16' or 'no'; None: bf16 if the device has it, else fp16
+        clip:float=0.5,      # largest gradient norm; None: no clipping
+    ):
+        gpu = torch.cuda.is_available()
+        precision = precision or ('bf16' if not gpu or torch.cuda.is_bf16_supported() else 'fp16')
+        if precision not in ('no', 'bf16', 'fp16'):
+            raise ValueError(f"precision must be 'no', 'bf16' or 'fp16'; got {precision!r}")
+        if precision == 'fp16' and not gpu:
+            raise ValueError("'fp16' needs a GPU (its gradient scaler runs there); on a CPU use 'bf16'")
+        self.accelerator, self.clip, self.precision = _accelerator(precision), clip, precision
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)     # autocast is ours
+    @property
+    def scaler(self): return self.accelerator.scaler # None but for fp16
+
+    def train_step(self, x_batch:Tensor, # (B, N) tokens
+                   y_batch:Tensor,       # (B, N) or (B·N,) targets
+                   criterion,            # (logits (B·N, V), targets (B·N,)) -> loss
+                  )->float:              # the loss
+        "One update of the weights."
+        x, y = (t.to(self.accelerator.device) for t in (x_batch, y_batch))
+        self.optimizer.zero_grad()
+        with self.accelerator.autocast():
+            logits = self.model(x)
+            loss = criterion(logits.reshape(-1, logits.shape[-1]).float(), y.reshape(-1))
+        self.accelerator.backward(loss)
+        if self.clip: self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return loss.item()
+
+# %% ../nbs/05_learner.ipynb #graf0002
+_FROM_ZERO = {getattr(torch.optim, n) for n in 'Adadelta Adam Adamax AdamW RAdam RMSprop SGD'.split()}
+
+@contextmanager
+def undone(model:nn.Module, # its parameters and buffers
+    opt, # an optimiser
+):
+    """Takes back, in place, what happens inside to parameters, buffers, optimiser state and random numbers.
+    A state first made inside becomes zeros, with which the optimisers of PyTorch begin, but for ASGD, NAdam,
+    Rprop and SGD with dampening: with those, and with foreign ones, `ValueError` (step once before)."""
+    ts = {id(t): t for g in opt.param_groups for t in g['params']}
+    ts.update((id(t), t) for t in (*model.parameters(), *model.buffers()))
+    old = [(t, t.detach().clone()) for t in ts.values()]
+    state = {(id(p), k): copy.deepcopy(v) for p,s in opt.state.items() for k,v in s.items()}
+    try:
+        devices = {t.device for t in ts.values() if t.is_cuda}
+        with torch.random.fork_rng(list(devices)): yield
+    finally:
+        with torch.no_grad():
+            for t,v in old: t.copy_(v)
+        fresh = _put_back(opt.state, state)
+    zero = type(getattr(opt, 'optimizer', opt)) in _FROM_ZERO
+    if fresh and not (zero and not any(g.get('dampening') for g in opt.param_groups)):
+        for s,k in fresh: del s[k]
+        raise ValueError(f'{type(opt).__name__} does not begin with a state of zeros: take one step before')
+
+# %% ../nbs/05_learner.ipynb #graf0003
+def _put_back(state, old): # what is not in `old`, now zero
+    fresh, was = [], lambda p, k: old.get((id(p), k))
+    with torch.no_grad():
+        for p,s in state.items():
+            fresh += [(s, k) for k in s if (id(p), k) not in old]
+            for k,v in s.items():
+                if not isinstance(v, Tensor): s[k] = was(p, k) if (id(p), k) in old else 0
+                elif was(p, k) is None: v.zero_()
+                else: v.copy_(was(p, k))
+    return fresh
+
+# %% ../nbs/05_learner.ipynb #graf0008
+def capture_step(
+    model:nn.Module,
+    opt,            # an optimiser that can be captured, e.g. AdamW(..., capturable=True)
+    x:Tensor,       # (B, N) tokens: fixed memory, fill it before each replay
+    y:Tensor,       # (B, N) next tokens, likewise
+    criterion=None, # (logits (B·N, V), targets (B·N,)) -> loss
+    dtype=None,     # of autocast, e.g. torch.bfloat16; None: off
+):                  # (function that takes one step, loss tensor)
+    """Record forward, backward and update in a CUDA graph. Three updates warm up and are `undone`: the first
+    update that counts is the first replay. No gradient scaler takes part, so float16 is not for this.
+    `ValueError` for tensors elsewhere than on a GPU."""
+    if not x.is_cuda: raise ValueError(f'a CUDA graph needs CUDA tensors; got {x.device}')
+    criterion = criterion or F.cross_entropy
+    def step():
+        opt.zero_grad(set_to_none=True)
+        with torch.autocast('cuda', dtype, enabled=dtype is not None, cache_enabled=False):
+            logits = model(x)
+            loss = criterion(logits.flatten(0, 1).float(), y.flatten())
+        loss.backward()
+        opt.step()
+        return loss.detach()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), undone(model, opt):
+        for _ in range(3): step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): loss = step()
+    return graph.replay, loss
 
 # %% ../nbs/05_learner.ipynb #c0142
 def pack_state(obj, # dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays
