@@ -823,6 +823,14 @@ class MixedPrecisionTrainer:
 # %% ../nbs/05_learner.ipynb #graf0002
 _FROM_ZERO = {getattr(torch.optim, n) for n in 'Adadelta Adam Adamax AdamW RAdam RMSprop SGD'.split()}
 
+def _put_back(state, old, zero)->bool: # the state of one parameter, in place; whether something was new
+    new = state.keys() - old.keys()
+    for k in new: state[k].zero_() if zero else state.pop(k)
+    for k,v in old.items():
+        if isinstance(v, Tensor): state[k].copy_(v)
+        else: state[k] = v
+    return bool(new)
+
 @contextmanager
 def undone(model:nn.Module, # its parameters and buffers
     opt, # an optimiser
@@ -830,33 +838,18 @@ def undone(model:nn.Module, # its parameters and buffers
     """Takes back, in place, what happens inside to parameters, buffers, optimiser state and random numbers.
     A state first made inside becomes zeros, with which the optimisers of PyTorch begin, but for ASGD, NAdam,
     Rprop and SGD with dampening: with those, and with foreign ones, `ValueError` (step once before)."""
-    ts = {id(t): t for g in opt.param_groups for t in g['params']}
-    ts.update((id(t), t) for t in (*model.parameters(), *model.buffers()))
-    old = [(t, t.detach().clone()) for t in ts.values()]
-    state = {(id(p), k): copy.deepcopy(v) for p,s in opt.state.items() for k,v in s.items()}
+    ts = [*model.parameters(), *model.buffers(), *(p for g in opt.param_groups for p in g['params'])]
+    old, state = [t.detach().clone() for t in ts], {p: copy.deepcopy(s) for p,s in opt.state.items()}
+    zero = (type(getattr(opt, 'optimizer', opt)) in _FROM_ZERO
+            and not any(g.get('dampening') for g in opt.param_groups))
     try:
-        devices = {t.device for t in ts.values() if t.is_cuda}
-        with torch.random.fork_rng(list(devices)): yield
+        with torch.random.fork_rng({t.device for t in ts if t.is_cuda}): yield
     finally:
         with torch.no_grad():
-            for t,v in old: t.copy_(v)
-        fresh = _put_back(opt.state, state)
-    zero = type(getattr(opt, 'optimizer', opt)) in _FROM_ZERO
-    if fresh and not (zero and not any(g.get('dampening') for g in opt.param_groups)):
-        for s,k in fresh: del s[k]
+            for t,v in zip(ts, old): t.copy_(v)
+            new = [_put_back(s, state.get(p, {}), zero) for p,s in opt.state.items()]
+    if any(new) and not zero:
         raise ValueError(f'{type(opt).__name__} does not begin with a state of zeros: take one step before')
-
-# %% ../nbs/05_learner.ipynb #graf0003
-def _put_back(state, old): # what is not in `old`, now zero
-    fresh, was = [], lambda p, k: old.get((id(p), k))
-    with torch.no_grad():
-        for p,s in state.items():
-            fresh += [(s, k) for k in s if (id(p), k) not in old]
-            for k,v in s.items():
-                if not isinstance(v, Tensor): s[k] = was(p, k) if (id(p), k) in old else 0
-                elif was(p, k) is None: v.zero_()
-                else: v.copy_(was(p, k))
-    return fresh
 
 # %% ../nbs/05_learner.ipynb #graf0008
 def capture_step(
