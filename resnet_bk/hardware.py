@@ -6,19 +6,20 @@
 __all__ = ['CUDA_LAUNCH', 'CUDA_VIEWS', 'CUDA_SWEEP', 'CUDA_MAPS', 'CUDA_SCAN', 'CUDA_SOLVE', 'CUDA_ENTRY', 'CUDA_CORE', 'DEVICE',
            'HOST', 'PIVOTS', 'EMULATED', 'CUDA', 'CUDA_MATH', 'CUDA_LAYER', 'CUDA_LAYER_BACK', 'CUDA_LAYER_ENTRY',
            'LAYER_SOURCE', 'LAYER_KERNELS', 'CUDA_ATTENTION', 'CUDA_ATTENTION_BACK', 'CUDA_ATTENTION_ENTRY',
-           'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'nvcc_flags', 'compile_cuda', 'CudaLibrary',
-           'Kernels', 'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'CarriedState',
-           'layer_on_gpu', 'kernel_resources', 'CUDAOptimizedBKCore', 'gpu_check', 'main']
+           'ATTENTION_SOURCE', 'ATTENTION_KERNELS', 'plan', 'find_nvcc', 'CudaLibrary', 'compile_cuda', 'Kernels',
+           'layer_forward', 'layer_backward', 'attention_forward', 'attention_backward', 'CarriedState', 'layer_on_gpu',
+           'kernel_resources', 'CUDAOptimizedBKCore', 'gpu_check', 'main']
 
 # %% ../nbs/10_hardware.ipynb #c0004
-import ctypes, hashlib, importlib.util, math, os, re, shutil, subprocess, sys, tempfile, time, warnings, torch
+import importlib.util, os, platform, re, shlex, shutil, subprocess, sys, tempfile, torch
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .native import Call, Cpp, CppLibrary, CPP_COMPLEX, cache_folder, check_tensor
-from .native import register_kernel, unwatched
+from .native import BuildError, Call, Cpp, CppLibrary, CPP_COMPLEX, CPP_GUARD, find_compiler
+from .native import ready, register_kernel, unwatched, _compile
 from .bk_core import BACKENDS, Reference, _raise, resolvent_diag, resolvent_mix
 from .cpu_kernels import CPP_STEPS
 from .mixers import BKMixer, BKAttention, _cast
@@ -45,11 +46,9 @@ def plan(
 # %% ../nbs/10_hardware.ipynb #c0013
 #| echo: false
 CUDA_LAUNCH = Cpp(r'''
-#include <cstdint>
 #include <cstring>
 #include <cmath>
 #include <vector>
-typedef int64_t I;
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define BK_UNROLL _Pragma("unroll")
@@ -100,13 +99,23 @@ extern "C" int bk_device(const I* a) {
   cudaSetDevice(before);
   return (int)e;
 }
-extern "C" const char* bk_error(int e) { return cudaGetErrorString((cudaError_t)e); }
+// a: error, bytes of text, text
+extern "C" int bk_error(const I* a) {
+  std::strncpy((char*)a[2], cudaGetErrorString((cudaError_t)a[0]), a[1] - 1);
+  return 0;
+}
 ''')
 
 # %% ../nbs/10_hardware.ipynb #c0015
 #| echo: false
 CUDA_LAUNCH += Cpp(r'''
 #else
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+#endif
 #define BK_UNROLL
 static int bk_backwards = 0;  // run the threads of a block from the last to the first
 extern "C" int bk_order(const I* a) {
@@ -123,21 +132,18 @@ template <class K> int launch(const K& k, I n, int threads, void*) {
   return 0;
 }
 template <class K> int launch_blocks(const K& k, I blocks, int threads, void*) {
-#pragma omp parallel
-  {
-    std::vector<double> room(k.room() / 8 + 2);
-#pragma omp for schedule(dynamic)
-    for (I b = 0; b < blocks; b++) {
-      std::memset(room.data(), 0xff, room.size() * 8);
-      for (int p = 0; p < K::PHASES; p++)
-        for (int t = 0; t < threads; t++)
-          k(p, (char*)room.data(), b, bk_backwards ? threads - 1 - t : t, threads);
-    }
+  const int team = omp_get_max_threads();
+  const size_t room = k.room() / 8 + 2;
+  std::vector<double> shared(room * team);  // what may throw comes before the threads
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+  for (I b = 0; b < blocks; b++) {
+    double* mine = shared.data() + room * omp_get_thread_num();
+    std::memset(mine, 0xff, room * 8);
+    for (int p = 0; p < K::PHASES; p++)
+      for (int t = 0; t < threads; t++) k(p, (char*)mine, b, bk_backwards ? threads - 1 - t : t, threads);
   }
   return 0;
 }
-extern "C" int bk_device(const I*) { return 0; }
-extern "C" const char* bk_error(int) { return "host"; }
 #endif
 ''')
 
@@ -887,12 +893,12 @@ template <class T> int solve_backward(const I* a) {  // g Y gY hop p dv dw du dh
 }
 #define PIVOT(name) \
   extern "C" int bk_##name##_f32(const I* a) { \
-    return a[11] ? name<float, float>(a) : name<float, double>(a); \
+    return guarded([&] { return a[11] ? name<float, float>(a) : name<float, double>(a); }); \
   } \
-  extern "C" int bk_##name##_f64(const I* a) { return name<double, double>(a); }
+  extern "C" int bk_##name##_f64(const I* a) { return guarded([&] { return name<double, double>(a); }); }
 #define PLAIN(name) \
-  extern "C" int bk_##name##_f32(const I* a) { return name<float>(a); } \
-  extern "C" int bk_##name##_f64(const I* a) { return name<double>(a); }
+  extern "C" int bk_##name##_f32(const I* a) { return guarded([&] { return name<float>(a); }); } \
+  extern "C" int bk_##name##_f64(const I* a) { return guarded([&] { return name<double>(a); }); }
 PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) PLAIN(solve_backward)
 ''')
 
@@ -906,72 +912,95 @@ def _nvcc_of_wheels(): # nvcc as the extra `cuda` installs it: nvidia/cu13/bin/n
 def find_nvcc()->str: # a path, or None
     "The CUDA compiler: of `$CUDA_HOME`, on the PATH, or of the wheels of `pip install resnet_bk[cuda]`."
     from torch.utils.cpp_extension import CUDA_HOME
-    home = Path(CUDA_HOME)/'bin'/'nvcc' if CUDA_HOME else None
-    return str(home) if home and home.exists() else shutil.which('nvcc') or _nvcc_of_wheels()
+    home = os.environ.get('CUDA_HOME') or CUDA_HOME
+    nvcc = Path(home)/'bin'/'nvcc' if home else None
+    return str(nvcc) if nvcc and nvcc.exists() else shutil.which('nvcc') or _nvcc_of_wheels()
 
-def nvcc_flags(archs)->list: # [(9, 0), ...] -> flags
-    "Flags of `nvcc`: code for each architecture; no fast math, whose reciprocals lose two digits."
-    gen = [f'-gencode=arch=compute_{a}{b},code=sm_{a}{b}' for a,b in archs]
-    if archs:    # and portable code of the newest, which a driver translates for a newer GPU
-        a,b = max(archs)
-        gen.append(f'-gencode=arch=compute_{a}{b},code=compute_{a}{b}')
-    return ['-O3', '-std=c++17', '-shared', '-Xcompiler', '-fPIC', *gen]
+@lru_cache
+def _nvcc_says(nvcc, *args): # all of it
+    said = subprocess.run([nvcc, *args], capture_output=True, text=True, timeout=60)
+    return said.stdout + said.stderr
+
+def _toolkit(nvcc)->tuple: # the folder of its toolkit, flags that name the folders of its libraries
+    said = _nvcc_says(nvcc, '--dryrun', '-x', 'cu', os.devnull)
+    top, libs = (re.search(rf'^#\$ {n}=(.*)$', said, re.M)[1] for n in ('TOP', 'LIBRARIES'))
+    return top.strip(), shlex.split(libs)
+
+# %% ../nbs/10_hardware.ipynb #c0037
+_NVCC_FLAGS = ['-O3', '-std=c++17', '--threads', '0']   # no fast math, whose reciprocals lose two digits
+_STATIC = ['-Wl,--as-needed', '-lcudart_static', '-lpthread', '-ldl', '-lrt']
+
+def _error_text(opened, e): # what the CUDA runtime calls error e
+    text = torch.zeros(200, dtype=torch.uint8, device='cpu')
+    Call().ints(e, 200).dense('text', text, torch.uint8, (200,)).enter(opened, 'bk_error')
+    return bytes(text.tolist()).rstrip(b'\0').decode()
+
+class CudaLibrary(CppLibrary):
+    "CUDA C++, with plain C entries, compiled by nvcc at the first `load`; None without a GPU."
+    kind = 'CUDA kernel'
+    def __init__(self,
+        name:str,   # of the library
+        source:str, # CUDA C++; what is called is `extern "C" int name(const int64_t*)`
+        archs=None, # compute capabilities, e.g. [(9, 0)]; None: those of the GPUs in this machine
+    ):
+        super().__init__(name, source)
+        self.given, self.flags = archs, _NVCC_FLAGS
+    @property
+    def archs(self):
+        if self.given: return sorted(self.given)
+        return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    def key(self): return self.source, self.flags, self.archs, platform.machine()
+    def compiler(self): return find_nvcc()
+    def version(self, nvcc): return _nvcc_says(nvcc, '--version')
+    def missing(self): return 'nvcc not found: install the CUDA toolkit, or pip install resnet_bk[cuda]'
+
+# %% ../nbs/10_hardware.ipynb #c0037p
+@patch
+def job(self:CudaLibrary, nvcc, folder): # arguments of `load_inline`
+    stubs = Path(folder)
+    for n in ('c10_cuda', 'torch_cuda', 'cudart'): (stubs/f'lib{n}.a').write_bytes(b'!<arch>\n')
+    libs = [f'-L{stubs}', *_toolkit(nvcc)[1]]
+    return dict(name=self.name, cpp_sources='', cuda_sources=self.source, extra_cuda_cflags=[*self.flags],
+                extra_ldflags=[*map(shlex.quote, libs), *_STATIC], verbose=True)
+
+@patch
+def env(self:CudaLibrary, nvcc): # the newest code also as PTX, which a driver translates for a newer GPU
+    archs = ';'.join(f'{a}.{b}' for a,b in self.archs) + '+PTX'
+    return dict(CXX=find_compiler() or 'c++', PYTORCH_NVCC=nvcc, CUDA_HOME=_toolkit(nvcc)[0],
+                TORCH_CUDA_ARCH_LIST=archs)
+
+@patch
+def load(self:CudaLibrary): # the library, or None
+    "The library, built first if need be. None without a GPU; None, said once, where it cannot be built."
+    if self._lib is ... and not torch.cuda.is_available(): self._lib = None
+    return CppLibrary.load(self)
+
+@patch
+def check(self:CudaLibrary, opened): # an old driver is noticed here
+    e = Call().ints(torch.cuda.current_device()).enter(opened, 'bk_device')
+    if e: raise RuntimeError(_error_text(opened, e))
+
+# %% ../nbs/10_hardware.ipynb #c0037s
+_SWEEPS = CPP_COMPLEX + CPP_GUARD + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS
+CUDA_CORE = _SWEEPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
+DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', CUDA_CORE)
 
 # %% ../nbs/10_hardware.ipynb #c0036zz
 def compile_cuda(
     source:str, # CUDA C++
     path,       # the library to write
     archs=((8,0), (9,0)), # compute capabilities
-    verbose:bool=False,   # also what each kernel needs, for `kernel_resources`
-)->str:                   # what nvcc said
-    "Compile to a shared library. `FileNotFoundError` without nvcc, `RuntimeError` with nvcc's first error."
-    nvcc, path = find_nvcc(), Path(path)
-    if not nvcc: raise FileNotFoundError('nvcc not found: install the CUDA toolkit or set CUDA_HOME')
+)->str:                   # what was said: for `kernel_resources`
+    "Compile for any GPU, here or not. `BuildError` with the first error, or where nvcc is missing."
+    lib, path = CudaLibrary('kernels', source, archs), Path(path)
+    lib.flags = [*lib.flags, '-Xptxas', '-v']
+    if not (nvcc := lib.compiler()): raise BuildError(lib.missing())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        src, out = Path(tmp)/'k.cu', Path(tmp)/'k.so'
-        src.write_text(source)
-        more = ['-Xptxas', '-v'] if verbose else []
-        command = [nvcc, *nvcc_flags(archs), '--threads', '0', *more, '-o', str(out), str(src)]
-        r = subprocess.run(command, capture_output=True, text=True)
-        errors = [l.split('k.cu')[-1] for l in (r.stderr + r.stdout).splitlines() if 'error' in l]
-        if r.returncode: raise RuntimeError(f'nvcc: {(errors or [r.stderr[-300:]])[0]}')
-        os.replace(out, path)
-    return r.stderr + r.stdout
-
-# %% ../nbs/10_hardware.ipynb #c0037
-class CudaLibrary(CppLibrary):
-    "CUDA C++ compiled by nvcc at the first `load`, for every GPU in the machine; None without one."
-    kind = 'CUDA kernel'
-    @property
-    def archs(self):
-        return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    @property
-    def path(self)->Path:
-        what = repr((self.source, nvcc_flags(self.archs), find_nvcc()))
-        return cache_folder()/f'{self.name}_{hashlib.sha256(what.encode()).hexdigest()[:16]}.so'
-    def load(self):
-        if self._lib is ...: self._lib = self._try() if torch.cuda.is_available() else None
-        return self._lib
-    def _try(self):
-        try:
-            if not self.path.exists():
-                print(f'resnet_bk: compiling the {self.kind} {self.name}, once ...',
-                      file=sys.stderr, flush=True)
-                compile_cuda(self.source, self.path, self.archs)
-            lib = ctypes.CDLL(str(self.path))
-            lib.bk_error.restype = ctypes.c_char_p
-            # an old driver is noticed here
-            if e := lib.bk_device((ctypes.c_int64*1)(torch.cuda.current_device())):
-                raise RuntimeError(lib.bk_error(e).decode())
-            return lib
-        except Exception as e:
-            why = (str(e).splitlines() or [type(e).__name__])[0][:160]
-            warnings.warn(f'resnet_bk: no {self.kind} {self.name} ({why}); using the slow PyTorch reference.')
-
-_SWEEPS = CPP_COMPLEX + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_SWEEP + CUDA_MAPS
-CUDA_CORE = _SWEEPS + CUDA_SCAN + CUDA_SOLVE + CUDA_ENTRY
-DEVICE, HOST = CudaLibrary('bk_cuda', CUDA_CORE), CppLibrary('bk_cuda_on_host', CUDA_CORE)
+        (file,), why, said = _compile([lib], nvcc, tmp, quiet=True)
+        if why: raise BuildError(why)
+        os.replace(file, path)
+    return said
 
 # %% ../nbs/10_hardware.ipynb #c0040
 PIVOTS = torch.float64 # type of the pivots' arithmetic on a GPU; torch.float32 for a consumer card
@@ -1012,7 +1041,7 @@ def run(self:Kernels, name, args, dev): # one call into the library, on that dev
                          f'got a tensor on {dev}')
     c = _DeviceCall(dev).mixed(*args)
     with torch.cuda.device(dev) if dev.type == 'cuda' else nullcontext(): e = c.enter(self.library, name)
-    if e: raise RuntimeError(f'CUDA error {e} in {name}: {self.library.load().bk_error(e).decode()}')
+    if e: raise RuntimeError(f'CUDA error {e} in {name}: {_error_text(self.library.load(), e)}')
 
 @patch
 def call(self:Kernels, name, shape, K, n, ref, E, eta, off, *views):
@@ -1689,8 +1718,8 @@ static int layer_any(const I* a, bool b) {
   if (a[17] == 1) return layer<double, double, 4>(a, b);
   return layer<float, bf16, 4>(a, b);
 }
-extern "C" int bk_layer(const I* a) { return layer_any(a, false); }
-extern "C" int bk_layer_backward(const I* a) { return layer_any(a, true); }
+extern "C" int bk_layer(const I* a) { return guarded([&] { return layer_any(a, false); }); }
+extern "C" int bk_layer_backward(const I* a) { return guarded([&] { return layer_any(a, true); }); }
 ''')
 
 # %% ../nbs/10_hardware.ipynb #5ddc49bx
@@ -2205,9 +2234,11 @@ CUDA_ATTENTION_ENTRY += Cpp(r'''
 #| echo: false
 CUDA_ATTENTION_ENTRY += Cpp(r'''
 extern "C" int bk_attention(const I* a) {
-  if (a[8] == 0) return attention<float, float, 4>(a);
-  if (a[8] == 1) return attention<double, double, 4>(a);
-  return attention<float, bf16, 4>(a);
+  return guarded([&] {
+    if (a[8] == 0) return attention<float, float, 4>(a);
+    if (a[8] == 1) return attention<double, double, 4>(a);
+    return attention<float, bf16, 4>(a);
+  });
 }
 // the state alone, for resolvent_attention. a: stream, B·H, n, size, back, float64, then new, decay, S0,
 // before, last
@@ -2216,11 +2247,13 @@ template <class T> int states(const I* a) {
                              (T*)a[10], nullptr, (int)a[4]},
                 a[1] * a[3], 128, (void*)a[0]);
 }
-extern "C" int bk_states(const I* a) { return a[5] ? states<double>(a) : states<float>(a); }
+extern "C" int bk_states(const I* a) {
+  return guarded([&] { return a[5] ? states<double>(a) : states<float>(a); });
+}
 ''')
 
 # %% ../nbs/10_hardware.ipynb #9394df9x
-_HEADS = CPP_COMPLEX + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH
+_HEADS = CPP_COMPLEX + CPP_GUARD + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH
 ATTENTION_SOURCE = _HEADS + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
 ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)),
                      'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
@@ -2405,7 +2438,7 @@ register_kernel('layers', 'cuda', layer_on_gpu)
 
 # %% ../nbs/10_hardware.ipynb #c0106
 def kernel_resources(
-    said:str,   # by `compile_cuda(..., verbose=True)`
+    said:str,   # by `compile_cuda`
     arch=(9,0), # compute capability
 )->list:        # of dicts: kernel, registers, spilled and stack bytes per thread
     "What `ptxas` reported for each kernel."
