@@ -240,8 +240,8 @@ def _compile(libs, cxx, tmp, quiet=False): # cxx: from `compiler()`
     out = [Path(j['folder']) for j in jobs]
     files = [o/f'{l.name}.so' if (o/'built').exists() else None for o,l in zip(out, libs)]
     failed = [o/'failed' for o,f in zip(out, files) if f is None]
-    why = _reason(failed[0].read_text() if failed[0].exists() else said, cxx) if failed else None
-    return files, why, said
+    why = [f.read_text() for f in failed if f.exists()] + [said]
+    return files, _reason('\n'.join(why), cxx) if failed else None, said
 
 def _build(libs, quiet=False):
     "Compile those of `libs` that are not there yet. Of several processes one compiles and the others wait."

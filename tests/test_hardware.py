@@ -16,7 +16,7 @@ def test_nvcc(name, symbol, tmp_path):
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
 def test_nvcc_says_what_is_wrong(tmp_path):
-    with pytest.raises(native.BuildError, match=r'cuda.cu\(1\): error'): hardware.compile_cuda('int f( {', tmp_path/'k.so', ((9, 0),))
+    with pytest.raises(native.BuildError, match='error: expected'): hardware.compile_cuda('int f( {', tmp_path/'k.so', ((9, 0),))
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
 def test_a_gpu_that_fails(tmp_path, monkeypatch):
