@@ -2372,9 +2372,10 @@ attention_op.register_kernel('cuda')(_attention_on_gpu)
 attention_backward_op.register_kernel('cuda')(attention_backward)
 
 # %% ../nbs/10_hardware.ipynb #c0101
-def _loads(which):
-    kernels = {'layer': LAYER_KERNELS, 'attention': ATTENTION_KERNELS}[which]
-    return kernels['cuda'].library.load() is not None
+def _loads(which): # compiles all that a model will want side by side
+    layer, heads = (k['cuda'].library for k in (LAYER_KERNELS, ATTENTION_KERNELS))
+    if torch.cuda.is_available(): ready(DEVICE, layer, heads)
+    return {'layer': layer, 'attention': heads}[which].load() is not None
 _loads._dynamo_marked_constant = True
 
 def _passes(layer, x, state, cut, return_state): # nothing watches, and no gradient goes through a state
