@@ -24,8 +24,9 @@ from .bk_core import BACKENDS, Reference, _raise, resolvent_diag, resolvent_mix
 from .cpu_kernels import CPP_STEPS
 from .mixers import BKMixer, BKAttention, _cast
 from .fused_layers import layer_op, layer_backward_op, attention_op, attention_backward_op
-from .fused_layers import layer_params, attention_params, _KINDS, _as_built
-from .fused_layers import _attention, _attention_state, _layer, _mixer_state
+from .fused_layers import CPP_LAYER_ARGS, layer_params, attention_params, _KINDS, _as_built, _by_rows
+from .fused_layers import _attention, _attention_args, _attention_state, _layer, _layer_args
+from .fused_layers import _LayerCall, _mixer_state, _tidy
 from .model import ModelConfig, ResNetBK
 
 # %% ../nbs/10_hardware.ipynb #c0009
@@ -1035,12 +1036,12 @@ class Kernels:
 
 # %% ../nbs/10_hardware.ipynb #c0040b
 @patch
-def run(self:Kernels, name, args, dev): # one call into the library, on that device
-    if dev.type != self.device or self.library.load() is None:
+def enter(self:Kernels, name, c): # one call into the library, on the device of the call
+    if c.device.type != self.device or self.library.load() is None:
         raise ValueError("the CUDA kernels need a GPU and nvcc, backend 'emulated' needs CPU tensors; "
-                         f'got a tensor on {dev}')
-    c = _DeviceCall(dev).mixed(*args)
-    with torch.cuda.device(dev) if dev.type == 'cuda' else nullcontext(): e = c.enter(self.library, name)
+                         f'got a tensor on {c.device}')
+    there = torch.cuda.device(c.device) if c.device.type == 'cuda' else nullcontext()
+    with there: e = c.enter(self.library, name)
     if e: raise RuntimeError(f'CUDA error {e} in {name}: {_error_text(self.library.load(), e)}')
 
 @patch
@@ -1055,7 +1056,7 @@ def call(self:Kernels, name, shape, K, n, ref, E, eta, off, *views):
             raise ValueError(f'tensors must have one precision; got {t.dtype} beside {ref.dtype}')
     flat = [x for v in views for x in (v if isinstance(v, tuple) else (v, 0, 0, 0))]
     head = [B, N, C, K, n, off, self.stream(dev), work, bad, E, eta, PIVOTS == torch.float32]
-    self.run(f"bk_{name}_{'f32' if single else 'f64'}", [*head, *flat], dev)
+    self.enter(f"bk_{name}_{'f32' if single else 'f64'}", _DeviceCall(dev).mixed(*head, *flat))
     return bad
 
 # %% ../nbs/10_hardware.ipynb #c0042
@@ -1198,24 +1199,12 @@ BK_HD I least(I a, I b) { return a < b ? a : b; }
 #| echo: false
 CUDA_LAYER = Cpp(r'''
 enum { ROWS = 32 };  // a state is kept every 32 rows
-template <class T, class M, int CW> struct LayerData {
-  I B, N, C, F;
-  int nin, feat, act, iw, iv;
-  T vmax, eps;
-  const M* h;
-  I hb, hn;
-  const M* past;
-  const uint8_t* cut;
-  const T *taps, *bias, *E, *eta, *scale, *wt;
-  M* out;
-  T* rinv;
-  double* ck;
-  const double* g0;
-  double* g1;
-  const M* dout;
-  M* dh;
-  double* sums;
-  T *mean, *owed;
+template <class T, class M, int CW> struct LayerData : LayerArgs<T, M, double> {
+  typedef LayerArgs<T, M, double> Args;
+  using Args::B, Args::N, Args::C, Args::nin, Args::feat, Args::act, Args::h, Args::hb, Args::hn;
+  using Args::past, Args::cut, Args::taps, Args::bias, Args::scale;
+  int iw, iv;
+  T vmax, eps, *mean, *owed;
   BK_HD I P() const { return nin * C; }
   BK_HD I D() const { return feat * C; }
   BK_HD I blocks() const { return (N + ROWS - 1) / ROWS; }
@@ -1617,7 +1606,7 @@ CUDA_LAYER_BACK += Cpp(r'''
     }
     const I rows = CW * d.nin + 4 + d.feat;
     // in the order of 02b: taps (j, p), bias, scale, E, eta, weight
-    double* o = d.sums + (b * j.K + k) * rows * d.C + c;
+    double* o = d.grads + (b * j.K + k) * rows * d.C + c;
     for (int q = 0; q < CW; q++)
       for (int p = 0; p < d.nin; p++) o[(q * d.nin + p) * d.C] = acc[p * CW + q];
     for (int q = 0; q < 4 + d.feat; q++) o[(CW * d.nin + q) * d.C] = acc[3 * CW + q];
@@ -1649,53 +1638,27 @@ template <class T, class M, int CW> struct Pay {
 # %% ../nbs/10_hardware.ipynb #c0070
 #| echo: false
 CUDA_LAYER_ENTRY = Cpp(r'''
-// a: K len stream work mean owed, then as in 02: B N C F nin features act threads has_w has_v width type,
-// pointers to v_max and eps, h and its strides, the tensors
+// a: type K len stream work mean owed, then the arguments of a layer
 template <class T, class M, int CW> int layer(const I* a, bool back) {
-  const I *s = a + 6, *q = s + 14;
   LayerData<T, M, CW> d;
-  d.B = s[0];
-  d.N = s[1];
-  d.C = s[2];
-  d.F = s[3];
-  d.nin = (int)s[4];
-  d.feat = (int)s[5];
-  d.act = (int)s[6];
-  d.vmax = T(*(double*)s[12]);
-  d.eps = T(*(double*)s[13]);
-  d.iw = s[8] ? 1 : -1;
-  d.iv = s[9] ? 1 + (int)s[8] : -1;
-  d.mean = (T*)a[4];
-  d.owed = (T*)a[5];
-  d.h = (const M*)q[0];
-  d.hb = q[1];
-  d.hn = q[2];
-  d.past = (const M*)q[3];
-  d.cut = (const uint8_t*)q[4];
-  d.taps = (const T*)q[5];
-  d.bias = (const T*)q[6];
-  d.E = (const T*)q[7];
-  d.eta = (const T*)q[8];
-  d.scale = (const T*)q[9];
-  d.wt = (const T*)q[10];
-  d.out = (M*)q[11];
-  d.rinv = (T*)q[12];
-  d.ck = (double*)q[13];
-  d.g0 = (const double*)q[14];
-  d.g1 = (double*)q[15];
+  LayerArgs<T, M, double>& g = d;
+  unpack(g, a + 7);
+  d.vmax = T(*g.v_max);
+  d.eps = T(*g.epsilon);
+  d.iw = g.has_w ? 1 : -1;
+  d.iv = g.has_v ? 1 + (int)g.has_w : -1;
+  d.mean = (T*)a[5];
+  d.owed = (T*)a[6];
+  Job j = {d.B, d.N, d.C, a[1], a[2]};
+  void* stream = (void*)a[3];
+  double* work = (double*)a[4];
+  const I L = j.lanes();
+  if (!d.B || !d.N || !d.C) return 0;
 ''')
 
 # %% ../nbs/10_hardware.ipynb #5ddc49b8
 #| echo: false
 CUDA_LAYER_ENTRY += Cpp(r'''
-  d.dout = (const M*)q[16];
-  d.dh = (M*)q[17];
-  d.sums = (double*)q[18];
-  Job j = {d.B, d.N, d.C, a[0], a[1]};
-  void* stream = (void*)a[2];
-  double* work = (double*)a[3];
-  const I L = j.lanes();
-  if (!d.B || !d.N || !d.C) return 0;
   if (!back) {
     int e = drive(LayerOp<T, M, CW>{d}, j, work, stream);
     return e ? e : launch_blocks(NormGate<T, M, CW>{d}, d.B * d.N, 128, stream);
@@ -1714,8 +1677,8 @@ CUDA_LAYER_ENTRY += Cpp(r'''
   return e || j.K == 1 ? e : launch(Pay<T, M, CW>{d, j}, j.B * j.K * d.P(), 128, stream);
 }
 static int layer_any(const I* a, bool b) {
-  if (a[17] == 0) return layer<float, float, 4>(a, b);
-  if (a[17] == 1) return layer<double, double, 4>(a, b);
+  if (a[0] == 0) return layer<float, float, 4>(a, b);
+  if (a[0] == 1) return layer<double, double, 4>(a, b);
   return layer<float, bf16, 4>(a, b);
 }
 extern "C" int bk_layer(const I* a) { return guarded([&] { return layer_any(a, false); }); }
@@ -1723,7 +1686,7 @@ extern "C" int bk_layer_backward(const I* a) { return guarded([&] { return layer
 ''')
 
 # %% ../nbs/10_hardware.ipynb #5ddc49bx
-LAYER_SOURCE = _SWEEPS + CUDA_MATH + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
+LAYER_SOURCE = _SWEEPS + CUDA_MATH + CPP_LAYER_ARGS + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
 LAYER_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_layer', LAYER_SOURCE)),
                  'cpu': Kernels(CppLibrary('bk_cuda_layer_on_host', LAYER_SOURCE))}
 
@@ -1732,44 +1695,36 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 # no convolution: one tap and three zeros
 def _four(taps): return F.pad(taps, (0, 0, 0, 4 - len(taps))) if len(taps) < 4 else taps
 
-def _layer_run(name, h, taps, bias, v_max, eps, features, act, has_v, C, *tensors, back=False):
-    B, N, Fh = h.shape
-    W, P = taps.shape
-    dev, k = h.device, LAYER_KERNELS[h.device.type]
+def _layer_run(name, h, ps, nums, back=False, **tensors):
+    (B,N,_), (taps, *_, scale, weight), f64 = h.shape, ps, torch.float64
+    dev, k, C = h.device, LAYER_KERNELS[h.device.type], len(scale)
     K, n = k.plan(B, N, C, dev, 32, 256 if back else 32)  # backward recomputes, so it takes more lanes
-    f = taps.dtype
-    empty = lambda *s, dt=f: torch.empty(*s, dtype=dt, device=dev)
-    work, mean = empty(17*B*K*C if K > 1 else 0, dt=torch.float64), empty(B*N if back else 0)
-    owed = empty(B*K*W*P) if back and K > 1 else 0
-    sums = empty(B*K, W*(P//C) + 4 + features, C, dt=torch.float64) if back else None
-    nums = torch.tensor([v_max, eps], dtype=torch.float64)          # read on the host
-    at = nums.data_ptr()
-    args = [K, n, k.stream(dev), work, mean, owed, B, N, C, Fh, P//C, features, act, 0,
-            bias is not None, has_v, W, _TYPES[h.dtype], at, at + 8, h, h.stride(0), h.stride(1),
-            *tensors, sums]
-    k.run(name, args, dev)
+    empty = lambda *s, dt=taps.dtype: torch.empty(*s, dtype=dt, device=dev)
+    work, mean = empty(17*B*K*C if K > 1 else 0, dt=f64), empty(B*N if back else 0)
+    owed = empty(B*K*taps.numel()) if back and K > 1 else empty(0)
+    sums = empty(B*K, (taps.numel() + len(weight))//C + 4, C, dt=f64) if back else None
+    c = _LayerCall(h, dev).ints(_TYPES[h.dtype], K, n, k.stream(dev))
+    for name_,t in (('work', work), ('mean', mean), ('owed', owed)): c.must(name_, t, t.dtype, len(t))
+    _layer_args(c, h, ps, nums, (f64, B, -(-N//32), C, 4), **tensors)
+    k.enter(name, c.may('sums', sums, f64, *(() if sums is None else sums.shape)))
     return sums
 
-def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, v_max, eps, features, act, has_v,
-                  keep=True):
+def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, *nums, keep=True):
     "The fused layer by the CUDA kernels (CPU tensors: emulated): output, 1/r, kept states, state at the end."
-    B,N,_ = h.shape
-    C, taps = len(scale), _four(taps)
+    (B,N,_), C, features = h.shape, len(scale), nums[2]
+    h, (past, cut, g0, *ps) = _by_rows(h), _tidy(past, cut, g0, _four(taps), bias, E, eta, scale, weight)
     out, end = h.new_empty(B, N, features*C), h.new_zeros(B, C, 4, dtype=torch.float64)
     r = h.new_empty(B, N, dtype=scale.dtype) if keep else None
     kept = h.new_empty(B, -(-N//32), C, 4, dtype=torch.float64) if keep else None
-    _layer_run('bk_layer', h, taps, bias, v_max, eps, features, act, has_v, C, past, cut, taps, bias, E,
-               eta, scale, weight, out, r, kept, g0, end, None, None)
+    _layer_run('bk_layer', h, ps, nums, cut=cut, past=past, g0=g0, end=end, out=out, r=r, kept=kept)
     return out, r, kept, end
 
 # %% ../nbs/10_hardware.ipynb #c0071b
-def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept,
-                   v_max, eps, features, act, has_v):
+def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *nums):
     "Its adjoint: the gradient of h, and the parameters' in one row (taps, bias, scale, E, eta, weight)."
-    dh, C = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale)
-    g, f, n = g.contiguous(), _four(taps), taps.numel()//C
-    s = _layer_run('bk_layer_backward', h, f, bias, v_max, eps, features, act, has_v, C, None, cut, f, bias,
-                   E, eta, scale, weight, out, r, kept, None, None, g, dh, back=True)
+    dh, C, features = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale), nums[2]
+    n, h, (g, cut, f, *ps) = taps.numel()//C, _by_rows(h), _tidy(g, cut, _four(taps), bias, E, eta, scale, weight)
+    s = _layer_run('bk_layer_backward', h, [f, *ps], nums, True, cut=cut, out=out, r=r, kept=kept, dout=g, dh=dh)
     s = (s if h.numel() else torch.zeros_like(s)).sum(0)
     s = [s[:n].flatten(), s[f.numel()//C:-features].flatten(), s[-features:].T.flatten()]
     return dh, torch.cat(s).to(scale.dtype)
@@ -1778,14 +1733,10 @@ def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept,
 #| echo: false
 CUDA_ATTENTION = Cpp(r'''
 enum { TILE = 64 };  // tokens per chunk
-template <class T, class M, int CW> struct AttnData {
-  I B, N, H, d, F;
+template <class T, class M, int CW> struct AttnData : AttentionArgs<T, M> {
+  typedef AttentionArgs<T, M> Args;
+  using Args::B, Args::N, Args::H, Args::d, Args::h, Args::hb, Args::hn, Args::past, Args::cut, Args::taps;
   T eps;
-  const M* h;
-  I hb, hn;
-  const M* past;
-  const uint8_t* cut;
-  const T *taps, *la, *wt;
   T *A, *Ab, *into, *end, *decay;
   int* seg;  // (B, H, chunks, TILE): A_i, A_j - a_j, ...; decay is per chunk
   BK_HD I D() const { return H * d; }
@@ -2180,16 +2131,20 @@ CUDA_ATTENTION_BACK += Cpp(r'''
 # %% ../nbs/10_hardware.ipynb #c0084
 #| echo: false
 CUDA_ATTENTION_ENTRY = Cpp(r'''
-// a: which, stream, B N H d F width type, pointer to eps, h and its strides, past cut taps la wt, A Ab
-// into end decay seg, then the tensors of that kernel
+// a: which type stream, the first arguments of attention, A Ab into end decay seg, then the tensors of that
+// kernel
 template <class T, class M, int CW> int attention(const I* a) {
-  const I* q = a + 10;
-  AttnData<T, M, CW> d = {a[2], a[3], a[4], a[5], a[6], T(*(double*)a[9]),
-                          (const M*)q[0], q[1], q[2], (const M*)q[3], (const uint8_t*)q[4],
-                          (const T*)q[5], (const T*)q[6], (const T*)q[7],
-                          (T*)q[8], (T*)q[9], (T*)q[10], (T*)q[11], (T*)q[12], (int*)q[13]};
-  const I* p = q + 14;
-  void* s = (void*)a[1];
+  AttnData<T, M, CW> d;
+  AttentionArgs<T, M>& g = d;
+  const I *q = unpack(g, a + 3), *p = q + 6;
+  d.eps = T(*g.epsilon);
+  d.A = (T*)q[0];
+  d.Ab = (T*)q[1];
+  d.into = (T*)q[2];
+  d.end = (T*)q[3];
+  d.decay = (T*)q[4];
+  d.seg = (int*)q[5];
+  void* s = (void*)a[2];
   const I tiles = d.B * d.H * d.chunks();
   if (!tiles || !d.w()) return 0;
 ''')
@@ -2235,8 +2190,8 @@ CUDA_ATTENTION_ENTRY += Cpp(r'''
 CUDA_ATTENTION_ENTRY += Cpp(r'''
 extern "C" int bk_attention(const I* a) {
   return guarded([&] {
-    if (a[8] == 0) return attention<float, float, 4>(a);
-    if (a[8] == 1) return attention<double, double, 4>(a);
+    if (a[1] == 0) return attention<float, float, 4>(a);
+    if (a[1] == 1) return attention<double, double, 4>(a);
     return attention<float, bf16, 4>(a);
   });
 }
@@ -2253,7 +2208,7 @@ extern "C" int bk_states(const I* a) {
 ''')
 
 # %% ../nbs/10_hardware.ipynb #9394df9x
-_HEADS = CPP_COMPLEX + CPP_GUARD + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH
+_HEADS = CPP_COMPLEX + CPP_GUARD + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CPP_LAYER_ARGS
 ATTENTION_SOURCE = _HEADS + CUDA_ATTENTION + CUDA_ATTENTION_BACK + CUDA_ATTENTION_ENTRY
 ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_SOURCE)),
                      'cpu': Kernels(CppLibrary('bk_cuda_attention_on_host', ATTENTION_SOURCE))}
@@ -2262,22 +2217,22 @@ ATTENTION_KERNELS = {'cuda': Kernels(CudaLibrary('bk_cuda_attention', ATTENTION_
 class _Attend:
     "One call's tensors: decays of every chunk, q, k, v (B, H, chunks, 64, d), and the masked products."
     def __init__(self, h, past, cut, taps, log_g, weight, eps):
-        B,N,Fh = h.shape
-        H, d, f = log_g.shape[2], len(weight), weight.dtype
-        n, taps = -(-N//64), _four(taps)
+        B,N,_ = h.shape
+        H, d, f, n = log_g.shape[2], len(weight), weight.dtype, -(-N//64)
+        h, (past, cut, taps, log_g, weight) = _by_rows(h), _tidy(past, cut, _four(taps), log_g, weight)
         self.shape, self.h, self.f = (B, H, n, 64, d), h, f
         self.k = ATTENTION_KERNELS[h.device.type]
         self.decays = [*(h.new_empty(B, H, n, 64, dtype=f) for _ in range(4)),
                        h.new_empty(B, H, n, dtype=f), h.new_empty(B, H, n, 64, dtype=torch.int32)]
-        self.num = torch.tensor([eps], dtype=torch.float64)         # read on the host
-        self.head = [self.k.stream(h.device), B, N, H, d, Fh, len(taps), _TYPES[h.dtype], self.num.data_ptr(),
-                     h, h.stride(0), h.stride(1), past, cut, taps, log_g, weight, *self.decays]
+        self.head = _attention_args(_LayerCall(h, h.device), h, past, cut, taps, log_g, weight, eps)
         self.q, self.key, self.v, self.qi, self.ke = (self.tile() for _ in range(5))
         self(0, self.q, self.key, self.v, self.qi, self.ke)
         self.P = self.q @ self.key.mT
         self(1, self.P)
     def tile(self, *s, dtype=None): return self.h.new_empty(s or self.shape, dtype=dtype or self.h.dtype)
-    def __call__(self, which, *ts): self.k.run('bk_attention', [which, *self.head, *ts], self.h.device)
+    def __call__(self, which, *ts):
+        c = _DeviceCall(self.h.device).ints(which, _TYPES[self.h.dtype], self.k.stream(self.h.device))
+        self.k.enter('bk_attention', c.ints(*self.head.args).mixed(*self.decays, *ts))
     def values(self, s): return self.P @ self.v + self.qi @ s
 
 # %% ../nbs/10_hardware.ipynb #c0086b
@@ -2333,8 +2288,8 @@ def _states(new, decay, S0, back):
     new, decay, S0 = (None if t is None else t.contiguous() for t in (new, decay, S0))
     before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
     if new.numel():
-        args = [k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64]
-        k.run('bk_states', [*args, new, decay, S0, before, last], new.device)
+        c = _DeviceCall(new.device).ints(k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64)
+        k.enter('bk_states', c.mixed(new, decay, S0, before, last))
     return before, last
 
 # new (B, H, n, dk, dv), decay (B, H, n, 1, 1), float32 or float64
