@@ -19,7 +19,7 @@ part() { # name, seconds, command
 "$python" -c 'from importlib.metadata import entry_points as e; import sys; sys.exit(not e(group="resnet_bk.kernels"))' ||
   "$python" setup.py -q egg_info || failed=1        # the package announces its kernels by entry points
 part machine 30 bash -c "nvidia-smi; nvcc --version; $python -c 'import torch, sys; print(sys.version, torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'" || failed=1
-part build 150 "$python" - <<'PY' || failed=1
+part build 200 "$python" - <<'PY' || failed=1
 import time, torch
 from resnet_bk import cpu_kernels, decoder, fused_layers, hardware, native
 t = time.perf_counter()

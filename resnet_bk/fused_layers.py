@@ -47,6 +47,7 @@ static inline Lanes<float>::V from_(const bf16* p) {
   return (Lanes<float>::V)(__builtin_convertvector(*(const typename S::U*)p, typename L::V) << 16);
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #14382611
 #| echo: false
@@ -79,6 +80,7 @@ static inline void put(bf16* p, float x) {
 template <class T> static inline T one(const T* p) { return *p; }
 template <class T> static inline void put(T* p, T x) { *p = x; }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #3f57005a
 #| echo: false
@@ -116,6 +118,7 @@ static inline void drain() {
 #endif
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #c0027
 #| echo: false
@@ -156,6 +159,7 @@ template <int K> static inline void rcps(VD* x) {
   EACH x[e] = 1 / x[e];
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #3b165952
 #| echo: false
@@ -166,6 +170,7 @@ template <> inline Complex<VF> Complex<VF>::recip() const {
   return {re * s, -(im * s)};
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #4d6edbad
 #| echo: false
@@ -202,6 +207,7 @@ static inline VD vexp(VD x) {
   return x;
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #3a53a095
 #| echo: false
@@ -217,6 +223,7 @@ template <class V> static inline V sigmoid(V x) {
   return x;
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #c0029
 #| echo: false
@@ -253,6 +260,7 @@ template <int K, class V> static inline void softpluses(V* x, V* slope = nullptr
   EACH x[e] = positive(x[e]) + y[e];
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #1371408e
 #| echo: false
@@ -271,6 +279,7 @@ static inline int bk_thread() { return 0; }
 static inline int bk_team() { return 1; }
 #endif
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #ede9c94a
 #| echo: false
@@ -294,6 +303,7 @@ template <class T> static void flip(I m, I n, const T* a, T* out, I ldo) {
     }
 }
 ''')
+CPP_MATH
 
 # %% ../nbs/02b_fused_layers.ipynb #c0ffee02
 #| echo: false
@@ -309,6 +319,7 @@ extern "C" int bk_transpose(const I* a) {
   });
 }
 ''')
+CPP_TRANSPOSE
 
 # %% ../nbs/02b_fused_layers.ipynb #a59c1157
 #| echo: false
@@ -378,6 +389,7 @@ template <class T, class M> struct Layer : LayerArgs<T, M, T> {
   double* sums;
   I n_sums() const { return (CW * s.nin + 4 + s.feat) * s.C; }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #f546e16e
 #| echo: false
@@ -398,6 +410,7 @@ CPP_LAYER += Cpp(r'''
     T ok[ROWS][CW], bond[ROWS + 1];
   };
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0031
 #| echo: false
@@ -433,6 +446,7 @@ CPP_LAYER += Cpp(r'''
   }
   T* kept(I b, I t0, I c) const { return ck + (b * blocks() + t0 / ROWS) * 4 * s.C + c; }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #ce92fbe2
 #| echo: false
@@ -459,6 +473,7 @@ CPP_LAYER += Cpp(r'''
     k.bond[t1 - t0] = t1 < s.N && q[t1] ? 0 : 1;
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0033
 #| echo: false
@@ -489,6 +504,7 @@ CPP_LAYER += Cpp(r'''
     for (int j = 0; j < CW - 1; j++) t.before[p][j] = x[K + j];
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0035
 #| echo: false
@@ -528,6 +544,7 @@ CPP_LAYER += Cpp(r'''
         EACH {
           a[x][e] += w[e];
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #61b7cb11
 #| echo: false
@@ -555,6 +572,7 @@ CPP_LAYER += Cpp(r'''
       }
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0037
 #| echo: false
@@ -588,6 +606,7 @@ CPP_LAYER += Cpp(r'''
     std::vector<T> all;
   };
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0ffee15
 #| echo: false
@@ -610,6 +629,7 @@ CPP_LAYER += Cpp(r'''
   };
   bool far(I width) const { return s.B * s.N * width * (I)sizeof(M) > FAR; }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #df5a4d7f
 #| echo: false
@@ -632,6 +652,7 @@ CPP_LAYER += Cpp(r'''
       for (I i = 0; i < n; i++) rows<false, CUT, P, 1>(t, none, cu, q + i * hn, i, 0, emit);
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #962511af
 #| echo: false
@@ -664,6 +685,7 @@ CPP_LAYER += Cpp(r'''
     }
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0039
 #| echo: false
@@ -688,6 +710,7 @@ CPP_LAYER += Cpp(r'''
     }
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0ffeea4
 #| echo: false
@@ -714,6 +737,7 @@ CPP_LAYER += Cpp(r'''
     }
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #7016b89d
 #| echo: false
@@ -737,6 +761,7 @@ CPP_LAYER += Cpp(r'''
       }
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #7485bf31
 #| echo: false
@@ -775,6 +800,7 @@ CPP_LAYER += Cpp(r'''
         for (Part& m : mine) finish(m, t0, n, later, m.sum);
       }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #ffb96a71
 #| echo: false
@@ -785,6 +811,7 @@ CPP_LAYER += Cpp(r'''
     });
   }
 ''')
+CPP_LAYER
 
 # %% ../nbs/02b_fused_layers.ipynb #c0041
 #| echo: false
@@ -811,6 +838,7 @@ void add(double* sum, const Tile& t, Sum& z) const {  // now and then, in double
   if (s.feat == 2) add(sum, at + 5, c, z.w1, n);
 }
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #7772ed9b
 #| echo: false
@@ -845,6 +873,7 @@ void conv_back(const Tile& t, Adj& a, const Block& k, const Cuts& cu, I b, I t0,
   }
 }
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #c0043
 #| echo: false
@@ -870,6 +899,7 @@ void rows_back(const Tile* t, Adj* a, Block* k, const Cuts& cu, I b, I t0, I i, 
     sigmoids<K>(sg[x]);
   }
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #29dc3ad2
 #| echo: false
@@ -909,6 +939,7 @@ CPP_LAYER_BACKWARD += Cpp(r'''
     A.sum.E -= A.L.re;
     A.sum.eta -= A.L.im;
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #5b506dc2
 #| echo: false
@@ -933,6 +964,7 @@ CPP_LAYER_BACKWARD += Cpp(r'''
   }
 }
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #62f8a51f
 #| echo: false
@@ -972,6 +1004,7 @@ template <bool CUT, int P> void back(Tile* t, Adj* a, Block* k, const Cuts& cu, 
   I i = t1 - t0;
   for (; i % 4; i--) rows_back<CUT, P, 1>(t, a, k, cu, b, t0, i - 1, m, w, 0);
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #04d564e0
 #| echo: false
@@ -983,6 +1016,7 @@ CPP_LAYER_BACKWARD += Cpp(r'''
   }
 }
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #c0045
 #| echo: false
@@ -1000,6 +1034,7 @@ void backward() {
   }
 }
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #ab22461a
 #| echo: false
@@ -1040,6 +1075,7 @@ void sweep_back() const {
                   : back<false, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum);
             else
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #6958ef1e
 #| echo: false
@@ -1053,6 +1089,7 @@ CPP_LAYER_BACKWARD += Cpp(r'''
 }
 };
 ''')
+CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #c0047
 #| echo: false
@@ -1072,6 +1109,7 @@ template <class T, class M> int layer(const I* a, bool back) {
   return 0;
 }
 ''')
+CPP_LAYER_ENTRY
 
 # %% ../nbs/02b_fused_layers.ipynb #c0ffee59
 #| echo: false
@@ -1083,6 +1121,7 @@ extern "C" int bk_layer_backward(const I* a) {
   return guarded([&] { return layer<REAL, DATA>(a, true); });
 }
 ''')
+CPP_LAYER_ENTRY
 
 # %% ../nbs/02b_fused_layers.ipynb #33d41025
 OptT, OPS = Optional[Tensor], op_namespace(__name__)
@@ -1126,7 +1165,7 @@ def _kept(h, scale): # memory for the states at the blocks of tokens; those of `
 def _layer_args(c, h, ps, nums, states, cut=None, past=None, g0=None, end=None, out=None, r=None, kept=None,
                 dout=None, dh=None):
     """Add the arguments of a layer to the call `c`, all but the last, `grads`; here and in `10`.
-    `ps`, `nums` as `layer_params` gives them, with η for its logarithm; `states`: type and shape of `kept`."""
+    `ps`, `nums` as `layer_params` gives them, with η for its logarithm; `states`: what `kept` is."""
     (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_v) = ps, nums
     (B,N,F_), C, n_in, back = h.shape, len(scale), 1 + (bias is not None) + has_v, dout is not None
     if features not in (1, 2): raise ValueError(f'want 1 or 2 features; got {features}')
@@ -1378,6 +1417,7 @@ template <class T, int R, int NV> static inline void tile_mm(I n0, I k0, I k1, c
     for (int v = 0; v < NV; v++) to<T>(Cm + r * ldc + n0 + v * W, c[r][v]);
 }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #36fea66e
 #| echo: false
@@ -1404,6 +1444,7 @@ template <class T> static void mm(Range what, I m, I n, I k, const T* A, I ra, I
   }
 }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #d4a4cb65
 #| echo: false
@@ -1419,6 +1460,7 @@ template <class T> static inline typename Lanes<T>::V sums_of(const typename Lan
   return x[0];
 }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #1f22d76f
 #| echo: false
@@ -1458,6 +1500,7 @@ template <class T, class M> struct Decays {
     return l;
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #73c0810e
 #| echo: false
@@ -1496,6 +1539,7 @@ CPP_ATTENTION += Cpp(r'''
     }
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #616bda91
 #| echo: false
@@ -1532,6 +1576,7 @@ CPP_ATTENTION += Cpp(r'''
       }
     }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #92d7a9c7
 #| echo: false
@@ -1544,6 +1589,7 @@ CPP_ATTENTION += Cpp(r'''
   }
 };
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c0074
 #| echo: false
@@ -1577,6 +1623,7 @@ template <class T, class M> struct Attention : AttentionArgs<T, M> {
         *dtaps;
   };
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #f9d53d73
 #| echo: false
@@ -1615,6 +1662,7 @@ CPP_ATTENTION += Cpp(r'''
     o.dw = take(d);
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #0fd71230
 #| echo: false
@@ -1628,6 +1676,7 @@ CPP_ATTENTION += Cpp(r'''
   }
   static I up(I n, I m) { return (n + m - 1) / m * m; }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c0076
 #| echo: false
@@ -1664,6 +1713,7 @@ CPP_ATTENTION += Cpp(r'''
     o.decay = seg == 0 ? std::exp(A) : 0;
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c0078
 #| echo: false
@@ -1699,6 +1749,7 @@ CPP_ATTENTION += Cpp(r'''
     for (int j = 0; j < CW - 1; j++) to<T>(before + j * d, x[K + j]);
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #65153ca2
 #| echo: false
@@ -1737,6 +1788,7 @@ CPP_ATTENTION += Cpp(r'''
     }
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c94c8c91
 #| echo: false
@@ -1752,6 +1804,7 @@ CPP_ATTENTION += Cpp(r'''
     return h + task / H * hb + std::min(t0, N - 1) * hn + task % H * d;
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c0080
 #| echo: false
@@ -1785,6 +1838,7 @@ CPP_ATTENTION += Cpp(r'''
     mm<T>(UPTO, R, d, R, o.P, Q, 1, o.x[2], d, o.Y, d, have);
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #255548f9
 #| echo: false
@@ -1798,6 +1852,7 @@ CPP_ATTENTION += Cpp(r'''
     mm<T>(ALL, d, d, R, o.dY, 1, d, o.x[2], d, o.S, d, have);
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c0082
 #| echo: false
@@ -1836,6 +1891,7 @@ CPP_ATTENTION += Cpp(r'''
     }
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #5ee9b4bd
 #| echo: false
@@ -1869,6 +1925,7 @@ CPP_ATTENTION += Cpp(r'''
     }
   }
 ''')
+CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #c0084
 #| echo: false
@@ -1903,6 +1960,7 @@ template <int K> void gate_rows_back(Work& o, I b, I hd, I t0, I i, I c, I soon)
   to<T>(o.dw + c, dw);
 }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #acdcecb4
 #| echo: false
@@ -1924,6 +1982,7 @@ void gate_back(Work& o, I b, I hd, I t0, I n, double* sum, I soon) const {
   for (I i = n * d; i < up(n, L) * d; i++) o.dY[i] = 0;
 }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #c0086
 #| echo: false
@@ -1943,6 +2002,7 @@ void scale_dot(Work& o, T* x, const T* by, const T* with, I rows) const {
   for (I i = rows; i < Q; i++) o.rows[i] = V{};
 }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #6b02ce53
 #| echo: false
@@ -1971,6 +2031,7 @@ void chunk_back(Work& o, I n, const T* S, bool have, bool later) const {
     }
   }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #758e41f2
 #| echo: false
@@ -2007,6 +2068,7 @@ CPP_ATTENTION_BACKWARD += Cpp(r'''
     mm<T>(ALL, d, d, R, o.Y, 1, d, o.dY, d, o.dS, d, later);
   }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #23d40bc2
 #| echo: false
@@ -2020,6 +2082,7 @@ CPP_ATTENTION_BACKWARD += Cpp(r'''
   }
 }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #f3799605
 #| echo: false
@@ -2052,6 +2115,7 @@ void rows_back(Work& o, I b, I t0, I i, int p, I col, I c) const {  // rows i ..
   for (int j = 0; j < CW - 1; j++) to<T>(owed + j * d, w[j]);
 }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #bf202c89
 #| echo: false
@@ -2078,6 +2142,7 @@ void load_back(Work& o, I b, I hd, I t0, I n, double* sum) const {
     for (int j = 0; j < CW; j++) gather(sum + (j * 3 + p) * D() + hd * d, o.dtaps + (p * CW + j) * d, d);
 }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #c0088
 #| echo: false
@@ -2118,6 +2183,7 @@ void sweep_back() const {
       }
     }
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #fccc5c71
 #| echo: false
@@ -2127,6 +2193,7 @@ CPP_ATTENTION_BACKWARD += Cpp(r'''
 }
 };
 ''')
+CPP_ATTENTION_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #c0089
 #| echo: false
@@ -2150,6 +2217,7 @@ template <class T, class M> int attention(const I* a, bool back) {
   return 0;
 }
 ''')
+CPP_ATTENTION_ENTRY
 
 # %% ../nbs/02b_fused_layers.ipynb #cd45edd5
 #| echo: false
@@ -2188,6 +2256,7 @@ ENTRY(bk_decays_backward, decays, true)
 ENTRY(bk_attention, attention, false)
 ENTRY(bk_attention_backward, attention, true)
 ''')
+CPP_ATTENTION_ENTRY
 
 # %% ../nbs/02b_fused_layers.ipynb #c0090
 ATTENTION = _libraries('bk_attention', _TOOLS + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)

@@ -70,6 +70,7 @@ template <class K> int launch(const K& k, I n, int threads, void* stream) {
   return (int)cudaGetLastError();
 }
 ''')
+CUDA_LAUNCH
 
 # %% ../nbs/10_hardware.ipynb #6e9ec21f
 #| echo: false
@@ -106,6 +107,7 @@ extern "C" int bk_error(const I* a) {
   return 0;
 }
 ''')
+CUDA_LAUNCH
 
 # %% ../nbs/10_hardware.ipynb #c0015
 #| echo: false
@@ -132,6 +134,12 @@ template <class K> int launch(const K& k, I n, int threads, void*) {
     }
   return 0;
 }
+''')
+CUDA_LAUNCH
+
+# %% ../nbs/10_hardware.ipynb #c0015b
+#| echo: false
+CUDA_LAUNCH += Cpp(r'''
 template <class K> int launch_blocks(const K& k, I blocks, int threads, void*) {
   const int team = omp_get_max_threads();
   const size_t room = k.room() / 8 + 2;
@@ -147,6 +155,7 @@ template <class K> int launch_blocks(const K& k, I blocks, int threads, void*) {
 }
 #endif
 ''')
+CUDA_LAUNCH
 
 # %% ../nbs/10_hardware.ipynb #c0019
 #| echo: false
@@ -174,6 +183,7 @@ template <class T> struct View {
 template <class A, class T> BK_HD Complex<A> as(Complex<T> z) { return {A(z.re), A(z.im)}; }
 typedef Complex<double> Z;
 ''')
+CUDA_VIEWS
 
 # %% ../nbs/10_hardware.ipynb #c9fd76d3
 #| echo: false
@@ -209,6 +219,7 @@ struct Args {
   }
 };
 ''')
+CUDA_VIEWS
 
 # %% ../nbs/10_hardware.ipynb #c0021
 #| echo: false
@@ -237,6 +248,7 @@ template <class Op, bool FOLD> struct Sweep {  // one thread: one chain, or one 
     BK_UNROLL for (int q = 0; q < AHEAD; q++) now[q] = next[q];
   }
 ''')
+CUDA_SWEEP
 
 # %% ../nbs/10_hardware.ipynb #3086db98
 #| echo: false
@@ -269,6 +281,7 @@ CUDA_SWEEP += Cpp(r'''
   }
 };
 ''')
+CUDA_SWEEP
 
 # %% ../nbs/10_hardware.ipynb #c0023
 #| echo: false
@@ -305,6 +318,7 @@ struct Moebius {
     tidy();
   }
 ''')
+CUDA_MAPS
 
 # %% ../nbs/10_hardware.ipynb #bf3f982d
 #| echo: false
@@ -330,6 +344,7 @@ struct Affine {
   BK_HD void apply(Z* z) const { z[0] = a * z[0] + b; }
 };
 ''')
+CUDA_MAPS
 
 # %% ../nbs/10_hardware.ipynb #1bfd0ef2
 #| echo: false
@@ -356,6 +371,7 @@ struct Affine2 {
   }
 };
 ''')
+CUDA_MAPS
 
 # %% ../nbs/10_hardware.ipynb #c0025
 #| echo: false
@@ -375,6 +391,7 @@ template <class Op> struct Link {
     return m;
   }
 ''')
+CUDA_MAPS
 
 # %% ../nbs/10_hardware.ipynb #c48bc1f0
 #| echo: false
@@ -404,6 +421,7 @@ CUDA_MAPS += Cpp(r'''
       }
     }
 ''')
+CUDA_MAPS
 
 # %% ../nbs/10_hardware.ipynb #9d63e800
 #| echo: false
@@ -430,6 +448,7 @@ template <class Op> int drive(const Op& op, const Job& j, double* work, void* st
   return e ? e : launch(Sweep<Op, false>{op, j, in, nullptr}, j.lanes(), 64, stream);
 }
 ''')
+CUDA_MAPS
 
 # %% ../nbs/10_hardware.ipynb #c0027
 #| echo: false
@@ -467,6 +486,7 @@ template <class T, class A, bool R> struct ScanOp {
     if (y0) z[1] = {double(y0[q]), double(y0[q + 1])};
   }
 ''')
+CUDA_SCAN
 
 # %% ../nbs/10_hardware.ipynb #3cdd1f96
 #| echo: false
@@ -504,6 +524,7 @@ CUDA_SCAN += Cpp(r'''
   BK_HD void close(State&, Local&, I, I, I, bool) const {}
 };
 ''')
+CUDA_SCAN
 
 # %% ../nbs/10_hardware.ipynb #c0029
 #| echo: false
@@ -538,6 +559,7 @@ template <class T> struct ScanBackOp {
   BK_HD void open(Local& l, I, I, I) const { l = {0, 0}; }
   BK_HD void start(Z* z, I, I) const { z[0] = z[1] = {0, 0}; }
 ''')
+CUDA_SCAN
 
 # %% ../nbs/10_hardware.ipynb #b628d446
 #| echo: false
@@ -572,6 +594,7 @@ CUDA_SCAN += Cpp(r'''
     m = f;
   }
 ''')
+CUDA_SCAN
 
 # %% ../nbs/10_hardware.ipynb #a80b66f0
 #| echo: false
@@ -586,6 +609,7 @@ CUDA_SCAN += Cpp(r'''
   }
 };
 ''')
+CUDA_SCAN
 
 # %% ../nbs/10_hardware.ipynb #c0031
 #| echo: false
@@ -610,6 +634,7 @@ template <class T> struct One {  // what sweeps with a single carried number sha
   }
 };
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #542a72da
 #| echo: false
@@ -640,6 +665,7 @@ template <class T> struct LambdaOp : One<T> {
   BK_HD void close(typename O::State&, typename O::Local&, I, I, I, bool) const {}
 };
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #ce6b75de
 #| echo: false
@@ -676,6 +702,7 @@ template <class T> struct RhoOp : One<T> {
     O::fold_as(m, rc * rc * (r.t * r.t), diag_source(r.G.conj(), r.gG));
   }
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #bfa13112
 #| echo: false
@@ -686,6 +713,7 @@ CUDA_SOLVE += Cpp(r'''
   }
 };
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #c0032
 #| echo: false
@@ -715,6 +743,7 @@ template <class T> struct EliminateOp : One<T> {
   BK_HD void close(typename O::State&, typename O::Local&, I, I, I, bool) const {}
 };
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #6b64cb6a
 #| echo: false
@@ -742,6 +771,7 @@ template <class T, bool CONJ> struct BackOp : One<T> {
     }
   }
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #297f9fac
 #| echo: false
@@ -771,6 +801,7 @@ CUDA_SOLVE += Cpp(r'''
   }
 };
 ''')
+CUDA_SOLVE
 
 # %% ../nbs/10_hardware.ipynb #c0034
 #| echo: false
@@ -795,6 +826,7 @@ template <class T, class A> int scan(const I* a) {  // v w u hop g y g0 y0
   return drive(s, r.job(), r.work(), r.stream());
 }
 ''')
+CUDA_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #c815c751
 #| echo: false
@@ -831,6 +863,7 @@ template <class T, class A> int diag(const I* a) {  // v w hop gl gr G
   return e ? e : drive(s, r.job(), r.work(), r.stream());
 }
 ''')
+CUDA_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #7b784cc6
 #| echo: false
@@ -870,6 +903,7 @@ template <class T, class A> int solve(const I* a) {  // v w u hop g y Y
   return e ? e : drive(k, r.job(), r.work(), r.stream());
 }
 ''')
+CUDA_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #ace04ffe
 #| echo: false
@@ -902,6 +936,7 @@ template <class T> int solve_backward(const I* a) {  // g Y gY hop p dv dw du dh
   extern "C" int bk_##name##_f64(const I* a) { return guarded([&] { return name<double>(a); }); }
 PIVOT(scan) PIVOT(diag) PIVOT(solve) PLAIN(scan_backward) PLAIN(diag_backward) PLAIN(solve_backward)
 ''')
+CUDA_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #c0036
 def _nvcc_of_wheels(): # nvcc as the extra `cuda` installs it: nvidia/cu13/bin/nvcc beside torch
@@ -1178,13 +1213,14 @@ template <class M, class T> BK_HD void st(M* p, T x) { *p = to(x, M()); }
 template <class M, class T> BK_HD void st2(M* p, T x, T y) {
   *(Pair<M>*)p = Pair<M>{to(x, M()), to(y, M())};
 }
-BK_HD float bk_exp(float x) { return expf(x); }
-BK_HD double bk_exp(double x) { return exp(x); }
 ''')
+CUDA_MATH
 
 # %% ../nbs/10_hardware.ipynb #bdfc1952
 #| echo: false
 CUDA_MATH += Cpp(r'''
+BK_HD float bk_exp(float x) { return expf(x); }
+BK_HD double bk_exp(double x) { return exp(x); }
 BK_HD float bk_log1p(float x) { return log1pf(x); }
 BK_HD double bk_log1p(double x) { return log1p(x); }
 BK_HD float bk_sqrt(float x) { return sqrtf(x); }
@@ -1194,6 +1230,7 @@ template <class T> BK_HD T silu(T x) { return x * sigmoid(x); }
 template <class T> BK_HD T softplus(T x) { return (x > 0 ? x : 0) + bk_log1p(bk_exp(x > 0 ? -x : x)); }
 BK_HD I least(I a, I b) { return a < b ? a : b; }
 ''')
+CUDA_MATH
 
 # %% ../nbs/10_hardware.ipynb #c0060
 #| echo: false
@@ -1218,6 +1255,7 @@ template <class T, class M, int CW> struct LayerData : LayerArgs<T, M, double> {
     int age;
   };
 ''')
+CUDA_LAYER
 
 # %% ../nbs/10_hardware.ipynb #9d6db270
 #| echo: false
@@ -1253,6 +1291,7 @@ CUDA_LAYER += Cpp(r'''
   }
 };
 ''')
+CUDA_LAYER
 
 # %% ../nbs/10_hardware.ipynb #c0062
 #| echo: false
@@ -1290,6 +1329,7 @@ template <class T, class M, int CW> struct LayerOp {
     } else z[0] = z[1] = {0, 0};
   }
 ''')
+CUDA_LAYER
 
 # %% ../nbs/10_hardware.ipynb #4f59c709
 #| echo: false
@@ -1325,6 +1365,7 @@ CUDA_LAYER += Cpp(r'''
     m.r = -(m.r * t);
   }
 ''')
+CUDA_LAYER
 
 # %% ../nbs/10_hardware.ipynb #1db72215
 #| echo: false
@@ -1344,6 +1385,7 @@ template <class T, class M, int CW> struct NormGate {
   LayerData<T, M, CW> d;  // a block per token
   size_t room() const { return (128 + TREE) * sizeof(T); }
 ''')
+CUDA_LAYER
 
 # %% ../nbs/10_hardware.ipynb #27dcaa04
 #| echo: false
@@ -1377,6 +1419,7 @@ CUDA_LAYER += Cpp(r'''
   }
 };
 ''')
+CUDA_LAYER
 
 # %% ../nbs/10_hardware.ipynb #c0064
 #| echo: false
@@ -1407,6 +1450,7 @@ template <class T, class M, int CW> struct Dots {
   }
 };
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #66946962
 #| echo: false
@@ -1427,6 +1471,7 @@ template <class T, class M, int CW, bool FOLD> struct LayerBack {
     bool cut[ROWS];
   };
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #547dff86
 #| echo: false
@@ -1460,6 +1505,7 @@ CUDA_LAYER_BACK += Cpp(r'''
     }
   }
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #c0066
 #| echo: false
@@ -1496,6 +1542,7 @@ CUDA_LAYER_BACK += Cpp(r'''
     T owed[3][CW];
   };
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #fdf06dd9
 #| echo: false
@@ -1528,6 +1575,7 @@ CUDA_LAYER_BACK += Cpp(r'''
       else own[1] = x;
     }
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #37343127
 #| echo: false
@@ -1557,6 +1605,7 @@ CUDA_LAYER_BACK += Cpp(r'''
     m = f;
   }
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #c0068
 #| echo: false
@@ -1580,6 +1629,7 @@ CUDA_LAYER_BACK += Cpp(r'''
       }
     }
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #0391c2f5
 #| echo: false
@@ -1617,6 +1667,7 @@ CUDA_LAYER_BACK += Cpp(r'''
   }
 };
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #99570a44
 #| echo: false
@@ -1634,6 +1685,7 @@ template <class T, class M, int CW> struct Pay {
   }
 };
 ''')
+CUDA_LAYER_BACK
 
 # %% ../nbs/10_hardware.ipynb #c0070
 #| echo: false
@@ -1655,6 +1707,7 @@ template <class T, class M, int CW> int layer(const I* a, bool back) {
   const I L = j.lanes();
   if (!d.B || !d.N || !d.C) return 0;
 ''')
+CUDA_LAYER_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #5ddc49b8
 #| echo: false
@@ -1684,6 +1737,7 @@ static int layer_any(const I* a, bool b) {
 extern "C" int bk_layer(const I* a) { return guarded([&] { return layer_any(a, false); }); }
 extern "C" int bk_layer_backward(const I* a) { return guarded([&] { return layer_any(a, true); }); }
 ''')
+CUDA_LAYER_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #5ddc49bx
 LAYER_SOURCE = _SWEEPS + CUDA_MATH + CPP_LAYER_ARGS + CUDA_LAYER + CUDA_LAYER_BACK + CUDA_LAYER_ENTRY
@@ -1723,10 +1777,11 @@ def layer_forward(h, past, cut, taps, bias, E, eta, scale, weight, g0, *nums, ke
 def layer_backward(g, h, cut, taps, bias, E, eta, scale, weight, out, r, kept, *nums):
     "Its adjoint: the gradient of h, and the parameters' in one row (taps, bias, scale, E, eta, weight)."
     dh, C, features = torch.empty(h.shape, dtype=h.dtype, device=h.device), len(scale), nums[2]
-    n, h, (g, cut, f, *ps) = taps.numel()//C, _by_rows(h), _tidy(g, cut, _four(taps), bias, E, eta, scale, weight)
-    s = _layer_run('bk_layer_backward', h, [f, *ps], nums, True, cut=cut, out=out, r=r, kept=kept, dout=g, dh=dh)
-    s = (s if h.numel() else torch.zeros_like(s)).sum(0)
-    s = [s[:n].flatten(), s[f.numel()//C:-features].flatten(), s[-features:].T.flatten()]
+    g, cut, *ps = _tidy(g, cut, _four(taps), bias, E, eta, scale, weight)
+    s = _layer_run('bk_layer_backward', _by_rows(h), ps, nums, True, cut=cut, out=out, r=r, kept=kept,
+                   dout=g, dh=dh)
+    s, n, four = (s if h.numel() else torch.zeros_like(s)).sum(0), taps.numel()//C, ps[0].numel()//C
+    s = [s[:n].flatten(), s[four:-features].flatten(), s[-features:].T.flatten()]
     return dh, torch.cat(s).to(scale.dtype)
 
 # %% ../nbs/10_hardware.ipynb #c0073
@@ -1754,6 +1809,7 @@ template <class T, class M, int CW> struct AttnData : AttentionArgs<T, M> {
     return past ? ld<T>(past + (b * (CW - 1) + i + CW - 1) * 3 * D() + col) : T(0);
   }
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #baad7ef7
 #| echo: false
@@ -1773,6 +1829,7 @@ CUDA_ATTENTION += Cpp(r'''
   }
 };
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #a7b46198
 #| echo: false
@@ -1800,6 +1857,7 @@ template <class T, class M, int CW> struct Decay {
   }
 };
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #c0075
 #| echo: false
@@ -1819,6 +1877,7 @@ template <class T, class M, int CW> struct Prepare {
   M *q, *k, *v, *qi, *ke;  // a block per (b, head, chunk) of q, then of k, then of v
   size_t room() const { return (2 * TILE * d.w() + TILE) * sizeof(T); }
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #b97217a3
 #| echo: false
@@ -1854,6 +1913,7 @@ CUDA_ATTENTION += Cpp(r'''
   }
 };
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #c0077
 #| echo: false
@@ -1894,6 +1954,7 @@ template <class T, class M> struct States {
   }
 };
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #32976702
 #| echo: false
@@ -1928,6 +1989,7 @@ template <class T, class M, int CW> struct Finish {
   }
 };
 ''')
+CUDA_ATTENTION
 
 # %% ../nbs/10_hardware.ipynb #c0079
 #| echo: false
@@ -1967,6 +2029,7 @@ template <class T, class M, int CW> struct GateBack {
         x[e] = g * y * si;
       }
 ''')
+CUDA_ATTENTION_BACK
 
 # %% ../nbs/10_hardware.ipynb #40d37d13
 #| echo: false
@@ -2007,6 +2070,7 @@ template <class T, class M, int CW> struct MaskBack {
   }
 };
 ''')
+CUDA_ATTENTION_BACK
 
 # %% ../nbs/10_hardware.ipynb #c0080
 #| echo: false
@@ -2041,6 +2105,7 @@ template <class T, class M, int CW> struct MixBack {
         y[i * d.w()] = e;
       }
 ''')
+CUDA_ATTENTION_BACK
 
 # %% ../nbs/10_hardware.ipynb #36aee195
 #| echo: false
@@ -2057,6 +2122,7 @@ CUDA_ATTENTION_BACK += Cpp(r'''
   }
 };
 ''')
+CUDA_ATTENTION_BACK
 
 # %% ../nbs/10_hardware.ipynb #c0082
 #| echo: false
@@ -2095,6 +2161,7 @@ template <class T, class M, int CW> struct PrepareBack {
         dot[i] = m * inv[i];
       }
 ''')
+CUDA_ATTENTION_BACK
 
 # %% ../nbs/10_hardware.ipynb #08594d22
 #| echo: false
@@ -2127,6 +2194,7 @@ CUDA_ATTENTION_BACK += Cpp(r'''
   }
 };
 ''')
+CUDA_ATTENTION_BACK
 
 # %% ../nbs/10_hardware.ipynb #c0084
 #| echo: false
@@ -2148,6 +2216,7 @@ template <class T, class M, int CW> int attention(const I* a) {
   const I tiles = d.B * d.H * d.chunks();
   if (!tiles || !d.w()) return 0;
 ''')
+CUDA_ATTENTION_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #cb970e7a
 #| echo: false
@@ -2184,6 +2253,7 @@ CUDA_ATTENTION_ENTRY += Cpp(r'''
   }
 }
 ''')
+CUDA_ATTENTION_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #9394df92
 #| echo: false
@@ -2206,6 +2276,7 @@ extern "C" int bk_states(const I* a) {
   return guarded([&] { return a[5] ? states<double>(a) : states<float>(a); });
 }
 ''')
+CUDA_ATTENTION_ENTRY
 
 # %% ../nbs/10_hardware.ipynb #9394df9x
 _HEADS = CPP_COMPLEX + CPP_GUARD + CPP_STEPS + CUDA_LAUNCH + CUDA_VIEWS + CUDA_MATH + CPP_LAYER_ARGS
@@ -2288,7 +2359,8 @@ def _states(new, decay, S0, back):
     new, decay, S0 = (None if t is None else t.contiguous() for t in (new, decay, S0))
     before, last = torch.empty_like(new), new.new_empty(B, H, dk, dv)
     if new.numel():
-        c = _DeviceCall(new.device).ints(k.stream(new.device), B*H, n, dk*dv, back, new.dtype == torch.float64)
+        c, double = _DeviceCall(new.device), new.dtype == torch.float64
+        c.ints(k.stream(new.device), B*H, n, dk*dv, back, double)
         k.enter('bk_states', c.mixed(new, decay, S0, before, last))
     return before, last
 
