@@ -20,14 +20,13 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .native import BuildError, Call, Cpp, CppLibrary, CPP_COMPLEX, CPP_GUARD, find_compiler
 from .native import ready, register_kernel, unwatched, _compile
-from .bk_core import BACKENDS, Reference, _raise, resolvent_diag, resolvent_mix
+from .bk_core import BACKENDS, _raise, resolvent_diag, resolvent_mix
 from .cpu_kernels import CPP_STEPS
 from .mixers import BKMixer, BKAttention, _cast
 from .fused_layers import layer_op, layer_backward_op, attention_op, attention_backward_op
 from .fused_layers import CPP_LAYER_ARGS, layer_params, attention_params, _KINDS, _as_built, _by_rows
 from .fused_layers import _attention, _attention_args, _attention_state, _layer, _layer_args
 from .fused_layers import _LayerCall, _mixer_state, _tidy
-from .model import ModelConfig, ResNetBK
 
 # %% ../nbs/10_hardware.ipynb #c0009
 def plan(
