@@ -18,10 +18,11 @@ from .data import LMData, mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import MIXERS, ModelConfig, ResNetBK, init_unigram
 from .learner import Learner
+from .own_loop import MixedPrecisionTrainer
 from .moe import expert_usage, moe_layers, plot_usage, unused_experts
 from .moe_training import MoEBalance
 from .fused_layers import layer_op, layer_params
-from .hardware import EMULATED, MixedPrecisionTrainer
+from .hardware import EMULATED
 
 # %% ../nbs/15_benchmarks.ipynb #c0007
 def machine()->str: # one line

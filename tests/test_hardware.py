@@ -1,21 +1,33 @@
 "The CUDA sources compile for the architectures we name, GPU or not; and the command line of the check."
-import ctypes, subprocess, sys
+import ctypes, os, subprocess, sys
 import pytest, torch
-from resnet_bk import hardware
+from resnet_bk import hardware, native
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
 @pytest.mark.parametrize('name,symbol', [('CUDA_CORE', 'bk_scan_f32'), ('LAYER_SOURCE', 'bk_layer'), ('ATTENTION_SOURCE', 'bk_attention')])
 def test_nvcc(name, symbol, tmp_path):
     said = hardware.compile_cuda(getattr(hardware, name), tmp_path/'k.so', ((8, 0), (9, 0)))
     assert 'warning' not in said
-    lib = ctypes.CDLL(str(tmp_path/'k.so')); lib.bk_error.restype = ctypes.c_char_p
+    lib = ctypes.CDLL(str(tmp_path/'k.so'))
     assert hasattr(lib, symbol)
     if not torch.cuda.is_available():                       # the library loads and answers: there is no device
-        e = lib.bk_device((ctypes.c_int64*1)(0)); assert e and b'no error' not in lib.bk_error(e)
+        e = native.Call().ints(0).enter(lib, 'bk_device')
+        assert e > 0 and 'CUDA' in hardware._error_text(lib, e)
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
 def test_nvcc_says_what_is_wrong(tmp_path):
-    with pytest.raises(RuntimeError, match='nvcc.*error'): hardware.compile_cuda('int f( {', tmp_path/'k.so', ((9, 0),))
+    with pytest.raises(native.BuildError, match='error: expected'): hardware.compile_cuda('int f( {', tmp_path/'k.so', ((9, 0),))
+
+@pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
+def test_a_gpu_that_fails(tmp_path, monkeypatch):
+    "Built, kept and opened as on a machine with a GPU; what the driver says is one warning, and then the reference runs."
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    lib = hardware.CudaLibrary('k', native.CPP_COMPLEX + native.CPP_GUARD + hardware.CUDA_LAUNCH, [(9, 0)])
+    with pytest.warns(UserWarning, match='no CUDA kernel k .*CUDA'): assert lib.load() is None
+    assert native._whole(lib.path)
 
 SMOKE = '''
 __global__ void k(float* p) { p[threadIdx.x] += 1; }
@@ -25,7 +37,6 @@ extern "C" int f(float* p) { k<<<1, 32>>>(p); return (int)cudaGetLastError(); }
 @pytest.mark.skipif(hardware._nvcc_of_wheels() is None, reason='the wheels of the extra cuda are not installed')
 def test_nvcc_of_wheels(tmp_path, monkeypatch):
     "The wheels alone compile: neither CUDA_HOME nor the PATH holds an nvcc."
-    import os
     path = [p for p in os.environ['PATH'].split(':') if not os.path.exists(f'{p}/nvcc')]
     monkeypatch.setenv('PATH', ':'.join(path))
     monkeypatch.delenv('CUDA_HOME', raising=False)
