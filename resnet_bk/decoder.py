@@ -150,10 +150,11 @@ static float hsum(V x) {
   return r;
 }
 ''')
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #f21d4e01
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 struct Embed { I op, table, out, width, vocab; };
 static void embed(const Decode& d, const Embed& o) {
   if (d.thread) return;
@@ -185,7 +186,8 @@ static void norm(const Decode& d, const Norm& o) {
       to<float>(y + c, from<float>(y + c) * r * from<float>(d.w + o.weight + c));
   }
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #1eeb388d
 def _want(m, *kinds): # the exact type
@@ -210,7 +212,7 @@ def norm(self:_Program, m, x, D, at=0): # of the residual stream, into the threa
 
 # %% ../nbs/04b_decoder.ipynb #c0041
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 // x/2 (1 + erf(x/sqrt 2)), erf by Abramowitz & Stegun 7.1.26 (error 1.5e-7)
 static V gelu(V x) {
   V z = x * .70710678f, a = z < 0 ? -z : z, t = 1 / (1 + .3275911f * a);
@@ -236,11 +238,12 @@ static void block(const Decode& d, const Matvec& o, const float* p, I ld, I c, c
       to<float>(y, o.then == ADD ? from<float>(y) + r : o.then == GELU ? gelu(r) : r);
     }
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #28896040
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 template <int NB>
 static void columns(const Decode& d, const Matvec& o, I c, I end, const float* in, float* out) {
   enum { NV = BYTES == 64 ? 4 : NB == 1 ? 8 : 2 };
@@ -268,7 +271,8 @@ static void matvec(const Decode& d, const Matvec& o) {
     default: columns<4>(d, o, c, end, in, out);
   }
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #a40374bf
 @patch
@@ -283,7 +287,7 @@ def matvec(self:_Program, weight, x, own, k_in, out=None, bias=None, then=0):
 
 # %% ../nbs/04b_decoder.ipynb #c0043
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 static V conv(const float* p, float* tail, I ld, const float* f, I width) {
   V now = from<float>(p);
   if (!width) return now;
@@ -310,11 +314,12 @@ static void site(const Decode& d, const Chain& o, I c, float* gs, float* zs, con
   st<double>(y, r.re);
   if (o.feat == 2) st<double>(y + o.C, r.im);
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #89375151
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 static void chain(const Decode& d, const Chain& o) {
   I c0, c1;
   d.share(o.C, c0, c1);
@@ -335,11 +340,12 @@ static void chain(const Decode& d, const Chain& o) {
       for (int i = 0; i < WF; i += WD) site(d, o, c + i, gs + 2 * i, zs + 2 * i, u + i, a + i, v + i, y + i);
     }
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #feb168ee
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 struct Gate { I op, y, ldy, h, ldh, out, C, n, feat, weight, eps; };  // the gate: the last C columns of h
 static void gate(const Decode& d, const Gate& o) {
   for (I b = 0; b < d.B; b++) {
@@ -352,7 +358,8 @@ static void gate(const Decode& d, const Gate& o) {
     }
   }
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #c0044
 # module type -> function(program, module, x: place of the residual stream, xn: of the normalised input, D)
@@ -404,7 +411,7 @@ PACK[BKMixer] = _pack_mixer
 
 # %% ../nbs/04b_decoder.ipynb #98233ce5
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 struct Attend {
   I op, h, ldh, out, ldo, qkv, H, d, dp, conv, tail, g, S, taps, bias, E, eta, weight, eps;
 };
@@ -434,11 +441,12 @@ static float decay(const Decode& d, const Attend& o, I hd, float z, float* g) {
   g[1] = -im * m;
   return std::sqrt(m);
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #3b690c20
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 static void attend(const Decode& d, const Attend& o) {
   const I D = o.H * o.dp;
   float *q = d.own() + o.qkv, *k = q + o.dp, *v = k + o.dp;
@@ -465,7 +473,8 @@ static void attend(const Decode& d, const Attend& o) {
     }
   }
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #be8b4d86
 def _pack_attention(p, m, x, xn, D):
@@ -512,7 +521,7 @@ PACK[MLP] = _pack_mlp
 
 # %% ../nbs/04b_decoder.ipynb #c0049
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 static void run(const Decode& d, const I* op, I n) {
   for (; n--; op += OP) {
     switch (*op) {
@@ -543,11 +552,12 @@ static void on_threads(const Decode& d, const I* a) {  // nothing in here throws
 #else
 static void on_threads(const Decode& d, const I* a) { run(d, (const I*)a[5], a[4]); }
 #endif
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #510ee7fa
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 extern "C" int bk_decode(const I* a) {  // as `placed`; 1 = a token outside the vocabulary
   return guarded([&] {
     const Decode d = placed(a);
@@ -558,11 +568,12 @@ extern "C" int bk_decode(const I* a) {  // as `placed`; 1 = a token outside the 
     return 0;
   });
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #c0051
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 static double uniform(uint64_t& r) {
   uint64_t z = (r += 0x9E3779B97F4A7C15u);
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -595,11 +606,12 @@ static double keep_share(Weights& p, double weight) {
   p.swap(q);
   return kept;
 }
-''')
+'''
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #c0052
 #| echo: false
-CPP_DECODE += Cpp(r'''
+CPP_DECODE += r'''
 static I draw(const float* l, I n, double temperature, I k, double top_p, uint64_t& r) {
   for (I i = 0; i < n; i++)
     if (l[i] != l[i]) return -1;
@@ -634,8 +646,9 @@ extern "C" int bk_draw(const I* a) {
     return 0;
   });
 }
-''')
+'''
 DECODE = CppLibrary('bk_decode', CPP_LANES + CPP_MATH + CPP_DECODE)
+CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #c0053
 def _sampler(logits, token, temperature, top_k, top_p, seed):

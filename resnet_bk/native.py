@@ -29,6 +29,10 @@ class Cpp(str):
     def __add__(self, other): return Cpp(str.__add__(self, other), other)
     def __repr__(self): return f'<C++, {len(self.splitlines())} lines>'
     def _repr_markdown_(self): return f'```cpp\n{self.last.strip()}\n```'
+    def _ipython_display_(self): # the markdown alone: a repr beside it would be stored with every notebook
+        from IPython.display import display
+        if sys.stdout.isatty(): print(self.last.strip())
+        else: display({'text/markdown': self._repr_markdown_()}, raw=True)
 
 # %% ../nbs/00b_native.ipynb #dae54712
 _FLAGS = ['-O3', '-std=c++17', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
