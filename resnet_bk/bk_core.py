@@ -246,7 +246,7 @@ def scan_backward_op(g:Tensor, y:Tensor, gy:OptT, gg:OptT, hop:OptT, g0:OptT, y0
 # %% ../nbs/01_bk_core.ipynb #58141a90
 @scan_backward_op.register_fake
 def _(g, y, gy, gg, hop, g0, y0, need, backend):
-    real, (B,N,C) = g.real.dtype, g.shape
+    real, B, C = g.real.dtype, g.shape[0], g.shape[2]
     parts = [g.new_empty(g.shape if k else 0, dtype=real) for k in need[:3]]
     bonds = g.new_empty(hop.shape if need[3] else 0, dtype=real)
     sums = [g.new_empty(C, dtype=real) for _ in range(2)]

@@ -16,7 +16,7 @@ def _wait_asleep():
 _wait_asleep()
 
 # %% ../nbs/14_cli.ipynb #c0004
-import argparse, contextlib, json, sys, torch
+import argparse, contextlib, json, torch
 from itertools import islice
 from pathlib import Path
 from fastcore.script import anno_parser, store_true

@@ -9,7 +9,7 @@ __all__ = ['ACTS', 'CASES', 'route', 'gumbel_noise', 'dense_moe', 'dispatch', 'g
            'plot_usage', 'MoEResNetBKLayer']
 
 # %% ../nbs/03_moe.ipynb #c0004
-import math, torch
+import torch
 from itertools import product
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -242,7 +242,7 @@ def validate_analytic_gradients(
 )->dict:                  # passed, max_error, max_error_fd, cases: one dict per case
     """The hand-written backward pass against autograd through the dense form and against finite differences,
     in float64, relative to the largest entry."""
-    rows, names = [], ('x', 'router', 'w1', 'b1', 'w2', 'b2')
+    rows = []
     for (name,kw), k, kind, act in product(CASES.items(), (1, 2), ('softmax', 'gumbel'), ('gelu', 'relu')):
         ts, noise, shut, ct = _case(**kw, seed=seed)
         if k > len(ts[1]) - kw.get('closed', 0): continue

@@ -117,7 +117,7 @@ def cache_folder()->Path:
 
 # %% ../nbs/00b_native.ipynb #bc393fd2
 _BUILDER = r'''
-import inspect, json, os, sys, traceback
+import inspect, json, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 os.environ['PATH'] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get('PATH', '')   # for ninja
