@@ -141,7 +141,8 @@ def _check_operation(o, first, sizes):
             raise ValueError(f'{kind}: {field} is {there} numbers from place {at} of {size} in {buffer}')
 
 def _rows(p, B): # the operations for B sequences, as C++ reads them
-    sizes, rows = dict(weights=sum(map(len, p.weights)), work=p.peak, own=p.own, state=p.state), []
+    sizes, rows = dict(weights=p.n_weights, work=p.peak, own=p.own, state=p.state), []
+    if not p.ops: raise ValueError('a program without operations')
     for i,o in enumerate(p.ops):
         _check_operation(o, i == 0, sizes)
         moved = {f: getattr(o, f)*B for buffer,f,*_ in _touched(o) if buffer != 'weights'}
