@@ -204,11 +204,6 @@ struct Decode {
 static Decode placed(const I* a) {
   return {(const float*)a[6], (float*)a[7], (float*)a[8], (const I*)a[9], a[0], a[2], a[3], 1, 0};
 }
-static float hsum(V x) {
-  float r = 0;
-  for (int i = 0; i < WF; i++) r += x[i];
-  return r;
-}
 ''')
 CPP_DECODE
 
@@ -229,7 +224,7 @@ static float rms(const float* p, I width, I n, float eps) {
     V v = from<float>(p + c);
     q += v * v;
   }
-  return 1 / std::sqrt(hsum(q) / n + eps);
+  return 1 / std::sqrt(hsum<float>(q) / n + eps);
 }
 struct Norm { I op, x, out, weight, n, width, eps; };
 static void norm(const Decode& d, const Norm& o) {
@@ -238,7 +233,7 @@ static void norm(const Decode& d, const Norm& o) {
     float* y = d.own() + o.out + b * o.width;
     V sum = {};
     for (I c = 0; c < o.width; c += WF) sum += from<float>(p + c);
-    const float mean = hsum(sum) / o.n;
+    const float mean = hsum<float>(sum) / o.n;
     for (I c = 0; c < o.width; c += WF) to<float>(y + c, from<float>(p + c) - mean);
     std::fill(y + o.n, y + o.width, 0.f);
     const float r = rms(y, o.width, o.n, d.w[o.eps]);
@@ -393,7 +388,7 @@ static void chain(const Decode& d, const Chain& o) {
       V p[3];
       for (I q = 0; q < o.nin; q++)
         p[q] = conv(h + q * o.C, tail + q * o.C, P, d.w + o.taps + q * o.C + c, o.conv);
-      if (o.act) p[0] = p[0] * sigmoid(p[0]);
+      if (o.act) p[0] = silu(p[0]);
       to<float>(u, p[0] * from<float>(d.w + o.scale + c));
       if (o.iw > 0) to<float>(a, softplus(p[o.iw] + from<float>(d.w + o.bias + c)));
       if (o.iv > 0) to<float>(v, d.w[o.vmax] * (2 * sigmoid(2 * p[o.iv]) - 1));
@@ -412,7 +407,7 @@ static void gate(const Decode& d, const Gate& o) {
     const float *p = d.x + o.y + b * o.ldy, *z = d.x + o.h + (b + 1) * o.ldh - o.C;
     float *out = d.own() + o.out + b * o.ldy, r = rms(p, o.ldy, o.n, d.w[o.eps]);
     for (I c = 0; c < o.C; c += WF) {
-      V q = from<float>(z + c), a = q * sigmoid(q) * r;
+      V q = from<float>(z + c), a = norm_gate(q, sigmoid(q), r);
       for (I f = c; f < o.feat * o.C; f += o.C)
         to<float>(out + f, from<float>(p + f) * from<float>(d.w + o.weight + f) * a);
     }
@@ -482,13 +477,12 @@ static void heads(const Decode& d, const Attend& o, I b, I at, float* q) {
     float* tail = d.s + o.tail + b * rows * 3 * D + at;
     V n = {};
     for (I c = 0; c < o.dp; c += WF) {
-      V a = conv(d.x + o.h + b * o.ldh + at + c, tail + c, 3 * D, d.w + o.taps + at + c, o.conv);
-      a = a * sigmoid(a);
+      V a = silu(conv(d.x + o.h + b * o.ldh + at + c, tail + c, 3 * D, d.w + o.taps + at + c, o.conv));
       n += a * a;
       to<float>(q + c, a);
     }
     if (j == 2) return;
-    float r = 1 / std::max(std::sqrt(hsum(n)), 1e-12f);
+    float r = 1 / std::max(std::sqrt(hsum<float>(n)), 1e-12f);
     for (I c = 0; c < o.dp; c++) q[c] *= r;
   }
 }
@@ -529,7 +523,7 @@ static void attend(const Decode& d, const Attend& o) {
     const float r = rms(out, o.dp, o.d, d.w[o.eps]);
     for (I c = 0; c < o.dp; c += WF) {
       V e = from<float>(gt + c);
-      to<float>(out + c, from<float>(out + c) * r * from<float>(d.w + o.weight + c) * (e * sigmoid(e)));
+      to<float>(out + c, from<float>(out + c) * from<float>(d.w + o.weight + c) * norm_gate(e, sigmoid(e), r));
     }
   }
 }
