@@ -35,14 +35,16 @@ CPP_LAYER_STEPS = Cpp(r'''
 // if a document begins between row e - j and row e, else 1
 template <bool CUT, int CW, int K, class V, class T>
 BK_HD void conv_rows(const V* x, const V* f, T (*ok)[CW], V* out) {
-  EACH out[e] = x[CW - 1 + e] * f[0];
-  UNROLL(8) for (int j = 1; j < CW; j++) EACH
-      out[e] += CUT ? x[CW - 1 + e - j] * (f[j] * ok[e][j]) : x[CW - 1 + e - j] * f[j];
+  V a[K];
+  EACH a[e] = x[CW - 1 + e] * f[0];
+  for (int j = 1; j < CW; j++) EACH
+      a[e] += CUT ? x[CW - 1 + e - j] * (f[j] * ok[e][j]) : x[CW - 1 + e - j] * f[j];
+  EACH out[e] = a[e];
 }
 // Its adjoint: adds to df and to dx, which has the rows of x
 template <bool CUT, int CW, int K, class V, class T>
 BK_HD void conv_rows_back(const V* g, const V* x, const V* f, T (*ok)[CW], V* df, V* dx) {
-  UNROLL(8) for (int j = 0; j < CW; j++) EACH {
+  for (int j = 0; j < CW; j++) EACH {
       V z = CUT ? g[e] * ok[e][j] : g[e];
       df[j] += z * x[CW - 1 + e - j];
       dx[CW - 1 + e - j] += z * f[j];
@@ -54,23 +56,25 @@ CPP_LAYER_STEPS
 # %% ../nbs/02b_fused_layers.ipynb #rowstep2
 #| echo: false
 CPP_LAYER_STEPS += Cpp(r'''
-// The table `ok` for rows t0 <= t < t1 of one sequence, row by row to `row(t, ok)`
-template <int CW, class F> BK_HD void cut_taps(const uint8_t* cut, I t0, I t1, const F& row) {
+// The table `ok` of rows t0 <= t < t1 of one sequence
+template <int CW, class T> BK_HD void cut_taps(const uint8_t* cut, I t0, I t1, T (*ok)[CW]) {
   int age = CW;  // tokens since the last cut
-  for (I t = t0 < CW ? 0 : t0 - CW + 1; t < t1; t++) {
+  for (I t = t0 < CW ? 0 : t0 - CW + 1; t < t0; t++) age = cut[t] ? 0 : age + 1;
+  for (I t = t0; t < t1; t++) {
     age = cut[t] ? 0 : age + 1;
-    if (t >= t0)
-      for (int j = 0; j < CW; j++) row(t, j, j <= age);
+    for (int j = 0; j < CW; j++) ok[t - t0][j] = j <= age;
   }
 }
 // What y and its weight are multiplied by; sg: the sigmoid of the gate
 template <class V, class T> BK_HD V norm_gate(V gate, V sg, T r) { return gate * sg * r; }
-// The adjoint: d is of the result, m the mean of d times the result. The gradient of y; adds to dw and dgate
+template <class V> BK_HD V silu_slope(V gate, V sg) { return sg + gate * sg * (1 - sg); }
+// The adjoint: d is of the result, m the mean of d times the result; silu of the gate. The gradient of y;
+// adds to those of w and silu
 template <class V, class T>
-BK_HD V norm_gate_back(V d, V y, V w, V gate, V sg, T r, T m, V& dw, V& dgate) {
-  V h = y * r, v = d * w, silu = gate * sg;
+BK_HD V norm_gate_back(V d, V y, V w, V silu, T r, T m, V& dw, V& dsilu) {
+  V h = y * r, v = d * w;
   dw += d * (h * silu);
-  dgate += v * h * (sg + silu * (1 - sg));
+  dsilu += v * h;
   return v * (silu * r) - h * (m * r);
 }
 ''')
@@ -476,7 +480,7 @@ CPP_LAYER += Cpp(r'''
   }
   void cuts(Cuts& k, I b, I t0, I t1) const {
     const uint8_t* q = cut + b * s.N;
-    cut_taps<CW>(q, t0, t1, [&](I t, int j, bool ok) { k.ok[t - t0][j] = ok; });
+    cut_taps<CW>(q, t0, t1, k.ok);
     for (I t = t0; t < t1; t++) k.bond[t - t0] = q[t] ? 0 : 1;
     k.bond[t1 - t0] = t1 < s.N && q[t1] ? 0 : 1;
   }
@@ -892,7 +896,7 @@ CPP_LAYER_BACKWARD += Cpp(r'''
     const T r = rinv[at], mean = m[j] / (s.feat * s.C);
     const M* q = dout + at * s.feat * s.C + s.feat * c;
     Adj& A = a[x];
-    V d0, d1 = {}, dz = {}, y1 = {};
+    V d0, d1 = {}, dz = {}, y1 = {}, gz = gate[x][e], silu = gz * sg[x][e];
     if (s.feat == 1) d0 = ME::ld(q, n);
     else if (n == W) {
       V u = ME::full(q), v = ME::full(q + W);
@@ -907,9 +911,9 @@ CPP_LAYER_BACKWARD += Cpp(r'''
     }
     V yr = from<T>(k[x].yr[j]), yi = from<T>(k[x].yi[j]), gr = from<T>(k[x].gr[j]),
       gi = from<T>(k[x].gi[j]);
-    V y0 = norm_gate_back(d0, yr, w[x][0], gate[x][e], sg[x][e], r, mean, A.sum.w0, dz);
-    if (s.feat == 2) y1 = norm_gate_back(d1, yi, w[x][1], gate[x][e], sg[x][e], r, mean, A.sum.w1, dz);
-    ME::stream(dh + at * s.F + s.P() + c, dz, n, past);
+    V y0 = norm_gate_back(d0, yr, w[x][0], silu, r, mean, A.sum.w0, dz);
+    if (s.feat == 2) y1 = norm_gate_back(d1, yi, w[x][1], silu, r, mean, A.sum.w1, dz);
+    ME::stream(dh + at * s.F + s.P() + c, dz * silu_slope(gz, sg[x][e]), n, past);
     const V bond = V{} + (CUT ? cu.bond[j + 1] : T(1));
     const Z gc = {gr, -gi}, yc = {yr, -yi};
     A.P = mix_adjoint(gc, Z{y0, y1}, A.P, bond);
@@ -1666,7 +1670,7 @@ CPP_ATTENTION += Cpp(r'''
     o.cuts = false;
     if (q) {
       for (I t = std::max<I>(0, t0 - CW + 1); t < t0; t++) o.cuts |= q[t] != 0;
-      cut_taps<CW>(q, t0, t0 + n, [&](I t, int j, bool ok) { o.ok[t - t0][j] = ok; });
+      cut_taps<CW>(q, t0, t0 + n, o.ok);
     }
     T A = 0, seg = 0;
     for (I i = 0; i < Q; i++) {
@@ -1913,7 +1917,8 @@ template <int K> void gate_rows_back(Work& o, I b, I hd, I t0, I i, I c, I soon)
     __builtin_prefetch((const char*)(out + at + (e + soon) * D()), 0, 2);
     __builtin_prefetch((const char*)(z + (e + soon) * hn), 0, 2);
     V dz = {}, y = from<T>(o.Y + (i + e) * d + c), g = ME::full(dout + at + e * D());
-    y = norm_gate_back(g, y, w, x[e], sg[e], r[(b * N + t0 + i + e) * H + hd], o.inv[i + e] / d, dw, dz);
+    y = norm_gate_back(g, y, w, x[e] * sg[e], r[(b * N + t0 + i + e) * H + hd], o.inv[i + e] / d, dw, dz);
+    dz = dz * silu_slope(x[e], sg[e]);
     ME::stream(dh + (b * N + t0 + i + e) * F + 3 * D() + hd * d + c, dz, W, past);
     to<T>(o.dY + (i + e) * d + c, y);
   }
