@@ -523,7 +523,8 @@ static void attend(const Decode& d, const Attend& o) {
     const float r = rms(out, o.dp, o.d, d.w[o.eps]);
     for (I c = 0; c < o.dp; c += WF) {
       V e = from<float>(gt + c);
-      to<float>(out + c, from<float>(out + c) * from<float>(d.w + o.weight + c) * norm_gate(e, sigmoid(e), r));
+      e = norm_gate(e, sigmoid(e), r) * from<float>(d.w + o.weight + c);
+      to<float>(out + c, from<float>(out + c) * e);
     }
   }
 }
