@@ -9,20 +9,17 @@ __all__ = ['machine', 'table', 'GPT', 'LSTM', 'language_models', 'train_once', '
            'copy_bandwidth', 'bandwidth_shares', 'layer_times', 'model_rates', 'seed_factors', 'gpu_benchmark', 'main']
 
 # %% ../nbs/15_benchmarks.ipynb #c0004
-import json, math, os, platform, subprocess, sys, time, torch
-from torch import nn, Tensor
+import math, os, platform, subprocess, sys, time, torch
+from torch import nn
 from torch.nn import functional as F
-from .native import keep_memory, time_together
-from .bk_core import BACKENDS, resolvent_diag, resolvent_mix
-from .data import LMData, mqar_batch
+from .native import time_together
+from .bk_core import BACKENDS, resolvent_diag
+from .data import mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import MIXERS, ModelConfig, ResNetBK, init_unigram
 from .learner import Learner
 from .own_loop import MixedPrecisionTrainer
-from .moe import expert_usage, moe_layers, plot_usage, unused_experts
 from .moe_training import MoEBalance
-from .fused_layers import layer_op, layer_params
-from .hardware import EMULATED
 
 # %% ../nbs/15_benchmarks.ipynb #c0007
 def machine()->str: # one line

@@ -43,6 +43,7 @@ template <class V> BK_HD Complex<V> solve_step(Complex<V> y, Complex<V> g, Compl
   return y - g * (Y * t);
 }
 ''')
+CPP_STEPS
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0045
 #| echo: false
@@ -81,10 +82,11 @@ struct Rows {
   T* at(I i) const { return p + i * step; }
 };
 ''')
+CPP_STREAMS
 
 # %% ../nbs/01b_cpu_kernels.ipynb #21c2b779
 #| echo: false
-CPP_STREAMS += Cpp(r'''
+CPP_STREAMS += r'''
 static inline void copy(T* RESTRICT d, I ds, const T* RESTRICT s, I ss, I n, int parts) {
   if (parts == 1)
     for (I t = 0; t < n; t++) d[t * ds] = s[t * ss];
@@ -107,11 +109,12 @@ static void bounds(const Block& x, const Stream& s, int j, I shift, I& a, I& e) 
 static T* element(const Block& x, const Stream& s, int j, I t) {
   return s.p + x.tile.b[j] * s.sb + (x.tile.n0[j] + t) * s.sn + x.tile.c[j] * s.parts;
 }
-''')
+'''
+CPP_STREAMS
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0046
 #| echo: false
-CPP_STREAMS += Cpp(r'''
+CPP_STREAMS += r'''
 // The rows of a block, `shift` tokens on.
 static Rows fetch(Block& x, const Stream& s, I shift = 0) {
   if (T* p = in_place(x, s, shift)) return {p, s.sn, false};
@@ -147,7 +150,8 @@ static void flush(const Block& x, const Stream& s, Rows o, I shift = 0) {
     if (e > a) copy(element(x, s, j, x.t0 + shift + a), s.sn, o.at(a) + j * s.parts, o.step, e - a, s.parts);
   }
 }
-''')
+'''
+CPP_STREAMS
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0048
 #| echo: false
@@ -187,10 +191,11 @@ struct Sums {
   }
 };
 ''')
+CPP_DRIVER
 
 # %% ../nbs/01b_cpu_kernels.ipynb #bc5f7299
 #| echo: false
-CPP_DRIVER += Cpp(r'''
+CPP_DRIVER += r'''
 // Tiles of the chunks k0 <= k < k1. Neighbouring lanes read neighbouring memory.
 static std::vector<Tile> tiles_of(const Job& j, int W, I k0, I k1) {
   std::vector<Tile> out;
@@ -217,11 +222,12 @@ template <class F> static inline void blocks(bool rev, I from, I to, F f) {
     f(t0, std::min<I>(to, t0 + STEPS));
   }
 }
-''')
+'''
+CPP_DRIVER
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0049
 #| echo: false
-CPP_DRIVER += Cpp(r'''
+CPP_DRIVER += r'''
 typedef std::complex<double> Z;
 // X numbers a lane: before the first row (nullptr: 0), after the last, and what a guessed chunk began with.
 struct Ends {
@@ -242,11 +248,12 @@ static void setup(const Job& j, const Tile& t, const Body& body, State& s, const
   for (int l = 0; l < MAXW; l++) s.eta[l] = j.eta && l < t.n ? j.eta[t.c[l]] : 1;
   body.begin(t);
 }
-''')
+'''
+CPP_DRIVER
 
 # %% ../nbs/01b_cpu_kernels.ipynb #2f7bd22b
 #| echo: false
-CPP_DRIVER += Cpp(r'''
+CPP_DRIVER += r'''
 // Runs one kernel over tiles: tasks over threads, in a task blocks of rows outside and tiles inside.
 static void run(const Job& j, const std::vector<Tile>& tiles, const Body& body, Ends ends) {
   const I n = tiles.size(), wide = (j.C + body.W - 1) / body.W, share = (n + j.threads - 1) / j.threads,
@@ -279,11 +286,12 @@ static void run(const Job& j, const std::vector<Tile>& tiles, const Body& body, 
           if (on[me * group + i]) body.block(x, s[i]);
         }
       });
-''')
+'''
+CPP_DRIVER
 
 # %% ../nbs/01b_cpu_kernels.ipynb #cc285e34
 #| echo: false
-CPP_DRIVER += Cpp(r'''
+CPP_DRIVER += r'''
       for (I i = 0; i < count && ends.out; i++)
         for (int k = 0; k < body.X; k++)
           for (int l = 0; l < t[i].n; l++)
@@ -291,7 +299,8 @@ CPP_DRIVER += Cpp(r'''
     }
   }
 }
-''')
+'''
+CPP_DRIVER
 
 # %% ../nbs/01b_cpu_kernels.ipynb #9036eaf7
 #| echo: false
@@ -326,10 +335,11 @@ static double apart(const Body& b, Z x, Z y) {  // relative; NaN if one is
   return size(x - y) / std::max(std::max(size(x), size(y)), zero / tolerance(b));
 }
 ''')
+CPP_SWEEP
 
 # %% ../nbs/01b_cpu_kernels.ipynb #f9b7b986
 #| echo: false
-CPP_SWEEP += Cpp(r'''
+CPP_SWEEP += r'''
 // Sweeps the m rows before a tile quietly, from two different beginnings; how far apart they end.
 template <class First>
 static double meet(const Job& j, const Tile& tile, const Body& body, State& p, T* buffers, I m, First first) {
@@ -353,11 +363,12 @@ static double meet(const Job& j, const Tile& tile, const Body& body, State& p, T
     }
   return worst;
 }
-''')
+'''
+CPP_SWEEP
 
 # %% ../nbs/01b_cpu_kernels.ipynb #fdb7f0a4
 #| echo: false
-CPP_SWEEP += Cpp(r'''
+CPP_SWEEP += r'''
 // The state at the first row of a tile's chunks. False, and NaN as start, if it costs more than it is worth.
 static bool guess(const Job& j, const Tile& tile, const Body& body, State& s, T* buffers, Z* start) {
   auto first = [&](int l) { return tile.lane[l] / j.C % j.K == (body.rev ? j.K - 1 : 0); };  // of its row
@@ -386,11 +397,12 @@ static bool guess(const Job& j, const Tile& tile, const Body& body, State& s, T*
     }
   return !hopeless || firsts;
 }
-''')
+'''
+CPP_SWEEP
 
 # %% ../nbs/01b_cpu_kernels.ipynb #527b88c1
 #| echo: false
-CPP_SWEEP += Cpp(r'''
+CPP_SWEEP += r'''
 // Runs a kernel over whole rows, from the states `given` before the first token (nullptr: none) to those
 // after the last. again = false: gives up where a chunk would have to be run again. Returns whether none was.
 static bool sweep(const Job& j, const Body& body, const Z* given = nullptr, Z* left = nullptr,
@@ -424,15 +436,17 @@ static bool sweep(const Job& j, const Body& body, const Z* given = nullptr, Z* l
     bk_again++;
     sure = false;
   }
-''')
+'''
+CPP_SWEEP
 
 # %% ../nbs/01b_cpu_kernels.ipynb #1b230590
 #| echo: false
-CPP_SWEEP += Cpp(r'''
+CPP_SWEEP += r'''
   for (I b = 0; b < j.B && left; b++) std::copy_n(at(out, b, j.K - 1), n, left + b * n);
   return sure;
 }
-''')
+'''
+CPP_SWEEP
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0051
 #| echo: false
@@ -468,10 +482,11 @@ struct Args {
 enum { REALS = 1, COMPLEX = 2 };
 #define ENTRY(name) extern "C" int bk_##name(const I* a) { return guarded([&] { return name(a); }); }
 ''')
+CPP_ARGS
 
 # %% ../nbs/01b_cpu_kernels.ipynb #89c29223
 #| echo: false
-CPP_ARGS += Cpp(r'''
+CPP_ARGS += r'''
 // Room for sums per lane; `fold` adds them to those per channel.
 struct LaneSums {
   Job j;
@@ -486,7 +501,8 @@ struct LaneSums {
     }
   }
 };
-''')
+'''
+CPP_ARGS
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0053
 _PIECES = CPP_LANES + Cpp('#include <memory>\n') + CPP_STEPS + CPP_STREAMS + CPP_DRIVER + CPP_SWEEP + CPP_ARGS
@@ -557,10 +573,11 @@ struct Scan : Body {
       }
     }
 ''')
+CPP_SCAN
 
 # %% ../nbs/01b_cpu_kernels.ipynb #f9891ac3
 #| echo: false
-CPP_SCAN += Cpp(r'''
+CPP_SCAN += r'''
     s.set<A>(0, gi);
     s.set<A>(1, oy.p ? yi : Cx<A>{});
     flush(x, g, og);
@@ -588,7 +605,8 @@ static int scan(const I* a) {  // v w u hop g y g0 y0
   return bad;
 }
 ENTRY(scan)
-''')
+'''
+CPP_SCAN
 
 # %% ../nbs/01b_cpu_kernels.ipynb #71a300d5
 def _scan_cpp(v, w, u, E, eta, hop, g0, y0, shape):
@@ -634,10 +652,11 @@ template <class A> struct ScanBack : Body {
   }
 };
 ''')
+CPP_SCAN_BACKWARD
 
 # %% ../nbs/01b_cpu_kernels.ipynb #cb3fffe6
 #| echo: false
-CPP_SCAN_BACKWARD += Cpp(r'''
+CPP_SCAN_BACKWARD += r'''
 template <class A> static int scan_backward_in(const I* a) {  // g y gy gg hop dv dw du dhop dE deta ends
   Args r(a);
   ScanBack<A> s;
@@ -664,7 +683,8 @@ static int scan_backward(const I* a) {
   return few ? scan_backward_in<double>(a) : scan_backward_in<T>(a);
 }
 ENTRY(scan_backward)
-''')
+'''
+CPP_SCAN_BACKWARD
 
 # %% ../nbs/01b_cpu_kernels.ipynb #beef5422
 def _scan_backward_cpp(g, y, gy, gg, hop, g0, y0, shape, need):
@@ -706,6 +726,7 @@ static int diag(const I* a) {  // v w hop gl gr G
 }
 ENTRY(diag)
 ''')
+CPP_DIAG
 
 # %% ../nbs/01b_cpu_kernels.ipynb #f10f3f76
 def _diag_cpp(v, w, E, eta, hop, shape, keep=True): # keep=False: no pivots, for use without gradients
@@ -738,10 +759,11 @@ struct DiagLambda : Body {
   }
 };
 ''')
+CPP_DIAG_BACKWARD
 
 # %% ../nbs/01b_cpu_kernels.ipynb #cf507ea4
 #| echo: false
-CPP_DIAG_BACKWARD += Cpp(r'''
+CPP_DIAG_BACKWARD += r'''
 // rho_i = q_i + t^2 conj(gr_i)^2 rho_{i-1}, L = lambda + rho - q
 struct DiagRho : Body {
   typedef T A;
@@ -773,11 +795,12 @@ struct DiagRho : Body {
     flush(x, dv, ov), flush(x, dw, ow), flush(x, dhop, oh, -1);
   }
 };
-''')
+'''
+CPP_DIAG_BACKWARD
 
 # %% ../nbs/01b_cpu_kernels.ipynb #087356b1
 #| echo: false
-CPP_DIAG_BACKWARD += Cpp(r'''
+CPP_DIAG_BACKWARD += r'''
 static int diag_backward(const I* a) {  // gl gr G gG hop lam dv dw dhop dE deta
   Args r(a);
   DiagLambda l;
@@ -793,7 +816,8 @@ static int diag_backward(const I* a) {  // gl gr G gG hop lam dv dw dhop dE deta
   return 0;
 }
 ENTRY(diag_backward)
-''')
+'''
+CPP_DIAG_BACKWARD
 
 # %% ../nbs/01b_cpu_kernels.ipynb #3a4c51f9
 def _diag_backward_cpp(gl, gr, G, gG, hop, shape, need):
@@ -839,10 +863,11 @@ template <bool CONJ> struct BackSub : Body {
       sw -= L.im;
     }
 ''')
+CPP_SOLVE
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0061
 #| echo: false
-CPP_SOLVE += Cpp(r'''
+CPP_SOLVE += r'''
     s.set<A>(0, z);
     if (!CONJ) flush(x, Y, rY);
     if (CONJ) sums.add<A>(x, se, sw);
@@ -861,7 +886,8 @@ static int solve(const I* a) {  // v w u hop g y Y
   return bad;
 }
 ENTRY(solve)
-''')
+'''
+CPP_SOLVE
 
 # %% ../nbs/01b_cpu_kernels.ipynb #c0062
 def _solve_cpp(v, w, u, E, eta, hop, shape):
@@ -905,6 +931,7 @@ static int solve_backward(const I* a) {  // g Y gY hop p dv dw du dhop dE deta
 }
 ENTRY(solve_backward)
 ''')
+CPP_SOLVE_BACKWARD
 
 # %% ../nbs/01b_cpu_kernels.ipynb #f05d3643
 def _solve_backward_cpp(g, Y, gY, hop, shape, need):

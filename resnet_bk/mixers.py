@@ -73,7 +73,7 @@ def causal_conv(
 
 # %% ../nbs/02_mixers.ipynb #c0009
 class ShortConv(nn.Module):
-    "Causal depthwise convolution over the last `width` tokens, as Mamba and its kin use it."
+    "Causal depthwise convolution over the last `width` tokens, as in Mamba."
     no_weight_decay = ('taps',)
     def __init__(self,
         channels:int, # C

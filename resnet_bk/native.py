@@ -29,6 +29,10 @@ class Cpp(str):
     def __add__(self, other): return Cpp(str.__add__(self, other), other)
     def __repr__(self): return f'<C++, {len(self.splitlines())} lines>'
     def _repr_markdown_(self): return f'```cpp\n{self.last.strip()}\n```'
+    def _ipython_display_(self): # the markdown alone: a repr beside it would be stored with every notebook
+        from IPython.display import display
+        if sys.stdout.isatty(): print(self.last.strip())
+        else: display({'text/markdown': self._repr_markdown_()}, raw=True)
 
 # %% ../nbs/00b_native.ipynb #dae54712
 _FLAGS = ['-O3', '-std=c++17', '-Wno-psabi', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros',
@@ -113,7 +117,7 @@ def cache_folder()->Path:
 
 # %% ../nbs/00b_native.ipynb #bc393fd2
 _BUILDER = r'''
-import inspect, json, os, sys, traceback
+import inspect, json, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 os.environ['PATH'] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get('PATH', '')   # for ninja

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MixedPrecisionTrainer', 'undone', 'capture_step']
 
-# %% ../nbs/05e_own_loop.ipynb #406ada0a
+# %% ../nbs/05e_own_loop.ipynb #467b98ec
 import copy
 from contextlib import contextmanager
 
-# %% ../nbs/05e_own_loop.ipynb #e385cbb6
+# %% ../nbs/05e_own_loop.ipynb #bf758a49
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .learner import Parallel
 
-# %% ../nbs/05e_own_loop.ipynb #d7851167
+# %% ../nbs/05e_own_loop.ipynb #3b97a46f
 class MixedPrecisionTrainer:
     "The design notes' mixed precision step: autocast, gradient scaling for fp16, clipping."
     def __init__(self,
@@ -51,7 +51,7 @@ class MixedPrecisionTrainer:
         else: self.optimizer.step()
         return loss.item()
 
-# %% ../nbs/05e_own_loop.ipynb #b007e949
+# %% ../nbs/05e_own_loop.ipynb #f3dbf019
 _FROM_ZERO = {getattr(torch.optim, n) for n in 'Adadelta Adam Adamax AdamW RAdam RMSprop SGD'.split()}
 
 def _put_back(state, old, zero)->bool: # the state of one parameter, in place; whether something was new
@@ -82,7 +82,7 @@ def undone(model:nn.Module, # its parameters and buffers
     if any(new) and not zero:
         raise ValueError(f'{type(opt).__name__} does not begin with a state of zeros: take one step before')
 
-# %% ../nbs/05e_own_loop.ipynb #f8e9e5d7
+# %% ../nbs/05e_own_loop.ipynb #551cf3e3
 def capture_step(
     model:nn.Module,
     opt,            # an optimiser that can be captured, e.g. AdamW(..., capturable=True)

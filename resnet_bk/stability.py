@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['first_bad_module', 'NumericalStabilityMonitor']
 
-# %% ../nbs/05c_stability.ipynb #ce8128b6
+# %% ../nbs/05c_stability.ipynb #7e32dca1
 from .checkpoints import newest_checkpoint
 from .learner import Callback, CancelStep
 
-# %% ../nbs/05c_stability.ipynb #e9f5535c
+# %% ../nbs/05c_stability.ipynb #98714218
 import numpy as np
 import torch
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
 
-# %% ../nbs/05c_stability.ipynb #de67aa33
+# %% ../nbs/05c_stability.ipynb #bbaf168f
 def _tensors(o):
     "All tensors in a nest of tuples, lists and dicts"
     if isinstance(o, Tensor): return [o]
@@ -28,7 +28,7 @@ def _kind(t):
     if not (t.is_floating_point() or t.is_complex()): return ''
     return 'NaN' if torch.isnan(t).any() else 'Inf' if torch.isinf(t).any() else ''
 
-# %% ../nbs/05c_stability.ipynb #0daf109f
+# %% ../nbs/05c_stability.ipynb #e640c8f5
 def first_bad_module(model:nn.Module, *args, # what the model is called with
 )->str: # e.g. 'NaN in the output of blocks.1.mixer'; '' when all is finite
     """Run the model once, without gradients, and name the first module whose output is not finite. Random
@@ -47,7 +47,7 @@ def first_bad_module(model:nn.Module, *args, # what the model is called with
         for h in handles: h.remove()
     return bad[0] if bad else ''
 
-# %% ../nbs/05c_stability.ipynb #6a06cdf7
+# %% ../nbs/05c_stability.ipynb #b1e29537
 class NumericalStabilityMonitor(Callback):
     """Keeps NaN and infinity out of the weights: a bad step is never applied, its culprit is named, and
     remedies are tried, and taken back after calm.
@@ -68,7 +68,7 @@ class NumericalStabilityMonitor(Callback):
                                     'adjust_grad_blend', 'reset_to_checkpoint']
     def before_fit(self): self.model = self.model or self.learn.model
 
-# %% ../nbs/05c_stability.ipynb #fc35f08d
+# %% ../nbs/05c_stability.ipynb #cd55bd10
 @patch
 def check_tensors(self:NumericalStabilityMonitor, tensors, names, # a list of tensors and one of their names
 )->tuple: # (is_stable, issues)
@@ -78,7 +78,7 @@ def check_tensors(self:NumericalStabilityMonitor, tensors, names, # a list of te
     self.inf_count += sum(i.startswith('Inf') for i in issues)
     return not issues, issues
 
-# %% ../nbs/05c_stability.ipynb #16f4b484
+# %% ../nbs/05c_stability.ipynb #00a7bb1c
 @patch
 def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues)
     "Look for NaN, infinity and norms above `grad_norm_threshold` in the gradients of the model, by parameter"
@@ -89,7 +89,7 @@ def check_gradients(self:NumericalStabilityMonitor)->tuple: # (is_stable, issues
     self.large_grad_count += len(large)
     return not issues + large, issues + large
 
-# %% ../nbs/05c_stability.ipynb #c3369cf5
+# %% ../nbs/05c_stability.ipynb #abfcaebb
 @patch
 def _scale(self:NumericalStabilityMonitor, attr, rule):
     "Apply `rule` to the number or tensor `attr` of every module that has one"
@@ -113,7 +113,7 @@ def _set(self:NumericalStabilityMonitor, attr, values): # name of the module -> 
         else: setattr(mods[name], attr, v)
     self.bounds.setdefault(attr, {}).update(values)
 
-# %% ../nbs/05c_stability.ipynb #ef6512a1
+# %% ../nbs/05c_stability.ipynb #95f52b91
 @patch
 def _reduce_learning_rate(self:NumericalStabilityMonitor):
     l = self.learn
@@ -142,7 +142,7 @@ def _reset_to_checkpoint(self:NumericalStabilityMonitor):
     l.load(path)['restore']()
     return {}, f'weights and optimiser are back at {path.name}'
 
-# %% ../nbs/05c_stability.ipynb #75ff139c
+# %% ../nbs/05c_stability.ipynb #a935c819
 @patch
 def recover(self:NumericalStabilityMonitor, cause:str='unstable', # what went wrong, for the message
 )->bool: # True; there is an error otherwise
@@ -181,7 +181,7 @@ def _note(self:NumericalStabilityMonitor, text):
     self.events.append(text)
     (print if self.learn is None else self.learn.say)(text)
 
-# %% ../nbs/05c_stability.ipynb #428cef3d
+# %% ../nbs/05c_stability.ipynb #c6f48439
 @patch
 def before_optim(self:NumericalStabilityMonitor):
     l = self.learn
@@ -201,7 +201,7 @@ def before_optim(self:NumericalStabilityMonitor):
     l.log(note=self.events[-1])
     raise CancelStep
 
-# %% ../nbs/05c_stability.ipynb #1460745b
+# %% ../nbs/05c_stability.ipynb #01f0e009
 @patch
 def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output of blocks.1.mixer'
     "Name the first tensor of the step at hand that is not finite"
@@ -224,7 +224,7 @@ def find_culprit(self:NumericalStabilityMonitor)->str: # e.g. 'NaN in the output
     return (f'{issues[-1]}' + (f' (and {len(issues)-1} more)' if len(issues) > 1 else '') if issues
             else 'the gradient norm overflows')
 
-# %% ../nbs/05c_stability.ipynb #a0cfa82b
+# %% ../nbs/05c_stability.ipynb #27530b94
 @patch
 def state_dict(self:NumericalStabilityMonitor)->dict:
     "Counters, the remedies that are in force, and the bounds that were tightened"
