@@ -6,13 +6,13 @@
 __all__ = ['list_checkpoints', 'write_checkpoint', 'check_checkpoint', 'newest_checkpoint', 'FolderLock', 'all_finite',
            'Checkpointer', 'plot']
 
-# %% ../nbs/05b_checkpoints.ipynb #db6e6580
+# %% ../nbs/05b_checkpoints.ipynb #0a302811
 import hashlib, itertools, json, os, shutil, socket, tempfile, time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from .learner import Callback, Learner, by_default
 
-# %% ../nbs/05b_checkpoints.ipynb #98949253
+# %% ../nbs/05b_checkpoints.ipynb #d3bffa71
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-# %% ../nbs/05b_checkpoints.ipynb #993fed5e
+# %% ../nbs/05b_checkpoints.ipynb #06d4eaac
 def _sha256(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -38,7 +38,7 @@ def _seal(tmp):
     (tmp/'manifest.json').write_text(json.dumps(dict(files=man), indent=1))
     for f in [*files, tmp/'manifest.json', tmp]: _fsync(f)
 
-# %% ../nbs/05b_checkpoints.ipynb #03f6edcf
+# %% ../nbs/05b_checkpoints.ipynb #2bd7fecb
 def _key(path): # 'step-00000100.2' -> (100, 2)
     step, _, nth = path.name[5:].partition('.')
     return int(step), int(nth or 1)
@@ -50,7 +50,7 @@ def list_checkpoints(folder)->list: # paths
     named = [p for p in found if p.name[5:].replace('.', '', 1).isdigit()]
     return sorted(named, key=_key, reverse=True)
 
-# %% ../nbs/05b_checkpoints.ipynb #ddc38d82
+# %% ../nbs/05b_checkpoints.ipynb #097c2b90
 def write_checkpoint(folder, # holds the checkpoints
     step:int, # names this one
     write, # function that writes its files into the folder it is given
@@ -90,7 +90,7 @@ def _drop_old(folder, keep):
         except OSError: continue
         shutil.rmtree(gone, ignore_errors=True)
 
-# %% ../nbs/05b_checkpoints.ipynb #2feeb958
+# %% ../nbs/05b_checkpoints.ipynb #ac94af26
 def check_checkpoint(path, # one checkpoint folder
 )->str: # '' when it is whole, else what is wrong with it
     "Compare a checkpoint with its manifest: presence, length and sha256 of every file."
@@ -116,7 +116,7 @@ def newest_checkpoint(folder, # holds the checkpoints
         say(f'checkpoint {path.name} is damaged: {wrong}; {then}')
     if have: raise ValueError(f'every checkpoint in {folder} is damaged: delete the folder and start again')
 
-# %% ../nbs/05b_checkpoints.ipynb #7b84db9e
+# %% ../nbs/05b_checkpoints.ipynb #1e248517
 @patch
 def _full_state(self:Learner): # weights and averages in one piece; without sharding weights are None
     if not self.shard: return None, self.opt.state_dict()
@@ -143,6 +143,7 @@ def _write_model(self:Learner, folder, weights):
     else: save_model(self.model, str(folder/'model.safetensors'))
     if hasattr(getattr(self.data, 'tokenizer', None), 'save'): self.data.tokenizer.save(folder)
 
+# %% ../nbs/05b_checkpoints.ipynb #374c558d
 @patch
 def save(self:Learner)->Path: # the checkpoint; None on other processes than the main one
     """Write a checkpoint of this moment into `folder` (all processes together). `ValueError` without a folder
@@ -163,7 +164,7 @@ def save(self:Learner)->Path: # the checkpoint; None on other processes than the
     self.paused += time.perf_counter() - start
     return path
 
-# %% ../nbs/05b_checkpoints.ipynb #357c4f3d
+# %% ../nbs/05b_checkpoints.ipynb #f3ee5540
 def _check_plain(o, path='state'):
     "`ValueError` naming what `weights_only=True` could not read back"
     if isinstance(o, dict): return [_check_plain(v, f'{path}.{k}') for k,v in o.items()]
@@ -172,7 +173,7 @@ def _check_plain(o, path='state'):
         raise ValueError('a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; '
                          f'{path} is a {type(o).__name__}')
 
-# %% ../nbs/05b_checkpoints.ipynb #84031742
+# %% ../nbs/05b_checkpoints.ipynb #37b030b0
 @patch
 def load(self:Learner, path, # a checkpoint folder
 )->dict: # the state; its 'restore' puts weights and optimiser back
@@ -206,7 +207,7 @@ def _scatter(self:Learner, weights, opt): # to the processes that share the weig
     set_state_dict(self.model, self.opt, model_state_dict=weights, optim_state_dict=opt,
                    options=StateDictOptions(full_state_dict=True))
 
-# %% ../nbs/05b_checkpoints.ipynb #7e7bb6fe
+# %% ../nbs/05b_checkpoints.ipynb #8cca02eb
 class FolderLock:
     "Holds `folder/run.lock`. `ValueError` that says who holds it; `OSError` where nothing can be written."
     def __init__(self, folder):
@@ -229,7 +230,7 @@ class FolderLock:
         self.file.with_suffix('.holder').unlink(missing_ok=True)
         self.lock.release()
 
-# %% ../nbs/05b_checkpoints.ipynb #0ebcd124
+# %% ../nbs/05b_checkpoints.ipynb #f3b05635
 def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a parameter or buffer
     "Whether every number in the model is finite"
     local = lambda t: t.to_local() if hasattr(t, 'to_local') else t
@@ -266,7 +267,7 @@ class Checkpointer(Callback):
             self.lock = None
 by_default(Checkpointer);
 
-# %% ../nbs/05b_checkpoints.ipynb #1c1a8cd4
+# %% ../nbs/05b_checkpoints.ipynb #ebb4d345
 @patch
 def find(self:Checkpointer):
     "The newest whole checkpoint, the same on all processes; with none, a new run"

@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'HOOKS', 'PARTS', 'Seen', 'OPTIONS', 'PRESETS', 'token_los
            'Evaluator', 'peak_memory_mb', 'Recorder', 'Tracker', 'Progress', 'LivePlot', 'Timing', 'Option',
            'register_option', 'register_preset']
 
-# %% ../nbs/05_learner.ipynb #da7ed9bb
+# %% ../nbs/05_learner.ipynb #237dd43c
 import atexit, json, math, os, random, signal, sys, threading, time
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from .native import keep_memory
 
-# %% ../nbs/05_learner.ipynb #2136d9da
+# %% ../nbs/05_learner.ipynb #838f8aee
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 from .model import load_parts, take_aux_losses
 
-# %% ../nbs/05_learner.ipynb #b1278b96
+# %% ../nbs/05_learner.ipynb #f7ca0f55
 def token_losses(logits:Tensor, # (B, N, V) scores of the next token
     targets:Tensor, # (B, N) int64 token ids; -100 where nothing is asked
 )->Tensor: # (B, N) cross-entropy, nats; 0 where nothing is asked
@@ -50,7 +50,7 @@ def lm_loss(logits:Tensor, # (B, N, V)
     "Next-token cross-entropy in float32."
     return token_losses(logits, targets).sum() / (targets != -100).sum().clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #f41470c2
+# %% ../nbs/05_learner.ipynb #21da6589
 def lr_at(done:float, # share of the budget spent, 0 to 1
     warmup:float=0.05, # share of the budget that warms up
     min_frac:float=0., # where the line ends, as a share of the peak
@@ -61,7 +61,7 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
     phase = min(1., (done-warmup)/(1-warmup))
     return 1 - (1-min_frac)*phase
 
-# %% ../nbs/05_learner.ipynb #7664dcc6
+# %% ../nbs/05_learner.ipynb #ac289487
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
@@ -75,7 +75,7 @@ def param_groups(model:nn.Module, # its trainable parameters are taken, each onc
               dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/05_learner.ipynb #e22ffb69
+# %% ../nbs/05_learner.ipynb #9409cb60
 def _plain(v):
     "Tensors and numpy values as Python ones, non-finite floats as words"
     if isinstance(v, (Tensor, np.ndarray, np.generic)): v = v.tolist()
@@ -88,7 +88,7 @@ def _number(v): # the inverse
     if isinstance(v, dict): return {k: _number(o) for k,o in v.items()}
     return float(v) if v in ('nan', 'inf', '-inf') else v
 
-# %% ../nbs/05_learner.ipynb #d4a1e479
+# %% ../nbs/05_learner.ipynb #6be8f431
 METRICS = {} # name -> what it means, its unit
 
 def register_metric(name:str, # a Python name; losses begin with 'loss_'
@@ -99,7 +99,7 @@ def register_metric(name:str, # a Python name; losses begin with 'loss_'
         raise ValueError(f'a metric wants a Python name that is not taken; got {name!r}')
     METRICS[name] = doc
 
-# %% ../nbs/05_learner.ipynb #1ff1926e
+# %% ../nbs/05_learner.ipynb #16d7c2e2
 @dataclass
 class TrainingMetrics:
     """What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` =
@@ -131,7 +131,7 @@ class TrainingMetrics:
         if name in METRICS: return 0. if name.startswith('loss_') else None
         raise AttributeError(f'no metric {name!r} in this record; registered: {", ".join(sorted(METRICS))}')
 
-# %% ../nbs/05_learner.ipynb #ce18370b
+# %% ../nbs/05_learner.ipynb #f41bb122
 @patch
 def to_dict(self:TrainingMetrics)->dict: # JSON-safe; what was not measured is left out
     "The record as one flat dict of plain Python values"
@@ -145,7 +145,7 @@ def from_dict(cls:TrainingMetrics, d:dict)->TrainingMetrics: # inverse of `to_di
     extra = {k: v for k,v in d.items() if k not in known}
     return cls(**{k: v for k,v in d.items() if k in known}, extra=extra)
 
-# %% ../nbs/05_learner.ipynb #6d4712d3
+# %% ../nbs/05_learner.ipynb #97bd54ad
 def read_metrics(path, # a metrics.jsonl file
 )->list: # of TrainingMetrics, in the order written
     """The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is
@@ -156,7 +156,7 @@ def read_metrics(path, # a metrics.jsonl file
         except json.JSONDecodeError: break
     return out
 
-# %% ../nbs/05_learner.ipynb #006ba119
+# %% ../nbs/05_learner.ipynb #7f63ba88
 HOOKS = ('before_prepare before_run before_fit before_epoch before_step before_batch after_pred after_loss '
          'before_backward after_backward before_optim after_step after_epoch before_eval after_eval '
          'before_save after_save after_fit').split()
@@ -176,7 +176,7 @@ class Callback:
             raise TypeError(f"{cls.__name__}.{odd[0]} is not a hook of the loop; "
                             f"the hooks are {', '.join(HOOKS)}")
 
-# %% ../nbs/05_learner.ipynb #6218aab2
+# %% ../nbs/05_learner.ipynb #562c1139
 class CancelStep(Exception):
     "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
 
@@ -184,7 +184,7 @@ class CancelFit(Exception): "Raised by a callback: end the run here, in good ord
 
 class LostProcess(RuntimeError): "Another process of this run has gone"
 
-# %% ../nbs/05_learner.ipynb #a4cac8da
+# %% ../nbs/05_learner.ipynb #fd27f6e0
 def _device(name, local):
     if name is None and os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes'): name = 'cpu'
     try: d = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -197,6 +197,7 @@ def _device(name, local):
     torch.cuda.set_device(d)
     return d
 
+# %% ../nbs/05_learner.ipynb #17e44177
 def _leave(): # the threads of a process group can abort a dying interpreter
     if dist.is_initialized(): dist.destroy_process_group()
 
@@ -226,7 +227,7 @@ class Parallel:
         if self.precision == 'no': return nullcontext()
         return torch.autocast(self.device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
-# %% ../nbs/05_learner.ipynb #81664476
+# %% ../nbs/05_learner.ipynb #f095cac6
 @patch
 def wrap(self:Parallel, model:nn.Module)->nn.Module:
     "The model for the forward pass of training: itself, wrapped, or itself with its blocks sharded"
@@ -259,7 +260,7 @@ def wait(self:Parallel):
     "Until all processes are here"
     if self.world > 1: dist.barrier()
 
-# %% ../nbs/05_learner.ipynb #df24d419
+# %% ../nbs/05_learner.ipynb #3d2ac7cf
 def set_seed(seed:int): # of any integer type
     "Seed Python, numpy and PyTorch"
     seed = int(seed)
@@ -283,7 +284,7 @@ def set_rng_state(s:dict): # from `rng_state`
     if s['cuda'] and torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(s['cuda'])
 
-# %% ../nbs/05_learner.ipynb #13910a57
+# %% ../nbs/05_learner.ipynb #91de4ea5
 class Learner:
     """Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for
     settings that make no sense."""
@@ -323,7 +324,7 @@ class Learner:
         load_parts()
         for cb in [c() for c in self.defaults] + listify(cbs): self.add_cb(cb)
 
-# %% ../nbs/05_learner.ipynb #9b3fc7d0
+# %% ../nbs/05_learner.ipynb #aa482544
 @patch
 def _reset(self:Learner):
     "The variables of a run, at its start"
@@ -335,7 +336,7 @@ def _reset(self:Learner):
     self.resuming, self.saved, self._begun = False, None, False
     self.preds = self.loss = self.loss_lm = self.token_losses = None
 
-# %% ../nbs/05_learner.ipynb #00bd64d7
+# %% ../nbs/05_learner.ipynb #746c08b8
 @patch
 def add_cb(self:Learner, cb:Callback)->Learner:
     "Add a callback. `TypeError` for anything else, `ValueError` where two would replace the same part."
@@ -362,7 +363,7 @@ def find_cbs(self:Learner, cls:type)->list: # in the order they are called
     "The callbacks of a class"
     return [c for c in self.cbs if isinstance(c, cls)]
 
-# %% ../nbs/05_learner.ipynb #86abd393
+# %% ../nbs/05_learner.ipynb #5aac9af0
 @patch
 def cb(self:Learner, hook:str):
     "Call `hook` of every callback that has it, in order; at the end of a run, of all, even if one fails"
@@ -390,7 +391,7 @@ def do(self:Learner, part:str):
     "Carry out one of `PARTS`: by the callback that replaces it, else by the learner's own method"
     return getattr(self._player(part), part)()
 
-# %% ../nbs/05_learner.ipynb #dd90a8af
+# %% ../nbs/05_learner.ipynb #00acedf6
 @patch
 def log(self:Learner, **values):
     """Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`).
@@ -413,7 +414,7 @@ def say(self:Learner, text:str):
     try: tqdm.write(text, file=sys.stdout)
     except (OSError, ValueError): pass # a closed pipe, a closed file
 
-# %% ../nbs/05_learner.ipynb #2e61aa6f
+# %% ../nbs/05_learner.ipynb #4bccbdd4
 @patch
 def prepare(self:Learner)->Learner:
     "Device, wrapper and optimiser: once, at the first `fit` or `evaluate`."
@@ -437,7 +438,7 @@ def _make_opt(self:Learner):
     for g in opt.param_groups: g.setdefault('initial_lr', g['lr'])
     return opt
 
-# %% ../nbs/05_learner.ipynb #0ffbc268
+# %% ../nbs/05_learner.ipynb #cdd65374
 @patch
 def adopt(self:Learner)->int: # how many parameters are new
     "Give the optimiser the parameters that can be trained now, and take away those that are gone"
@@ -455,7 +456,7 @@ def adopt(self:Learner)->int: # how many parameters are new
     if new: self.net = self.parallel.wrap(self.model.to(self.device))
     return new
 
-# %% ../nbs/05_learner.ipynb #eeb5ecf3
+# %% ../nbs/05_learner.ipynb #f860ece2
 @patch(as_prop=True)
 def is_main(self:Learner)->bool: # True in the process that prints and writes
     "Whether this is the main process"
@@ -471,7 +472,7 @@ def share(self:Learner)->int: # 1: every batch of `data.train` is for this proce
     "Of how many batches this process takes one: of `world`, unless the data was made for this `rank` already"
     return self.world if getattr(self.data.train, 'world', 1) == 1 else 1
 
-# %% ../nbs/05_learner.ipynb #e3ae4453
+# %% ../nbs/05_learner.ipynb #127e7689
 def check_budget(steps=None, epochs=None, minutes=None)->dict: # the one that was given
     "`ValueError` for none, two, or one that is not positive and finite."
     given = {k:v for k,v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
@@ -490,7 +491,7 @@ def _set_budget(self:Learner, budget:dict):
         None if unit == 'minutes' else max(1, round(n if unit == 'steps' else n * self.steps_per_epoch))
     )
 
-# %% ../nbs/05_learner.ipynb #e463154c
+# %% ../nbs/05_learner.ipynb #149c1318
 @patch(as_prop=True)
 def spent(self:Learner)->float: # 0 at the start, 1 or more at the end
     "Share of the budget that is used up"
@@ -506,7 +507,7 @@ def epoch(self:Learner)->float: # 1.5: halfway through the second pass
     "Passes over the training text so far (of the text that the run began with)"
     return self.step/self.steps_per_epoch
 
-# %% ../nbs/05_learner.ipynb #d39342fb
+# %% ../nbs/05_learner.ipynb #74c9aec7
 def logits_of(preds)->Tensor: # (B, N, V)
     "The logits in what a model answered: itself, its attribute `logits`, or the first of a tuple"
     if isinstance(preds, Tensor): return preds
@@ -546,7 +547,7 @@ def example_losses(self:Learner)->Tensor: # (B,) nats per token, of the batch at
     if self.token_losses is None: return None
     return self.token_losses.sum(-1)/(self.y != -100).sum(-1).clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #4c217e4b
+# %% ../nbs/05_learner.ipynb #632ec259
 Seen = namedtuple('Seen', 'x y loss loss_lm weight') # one batch of the step at hand
 
 @patch
@@ -579,7 +580,7 @@ def _no_exchange(net): # of gradients between processes
 @patch
 def _exchange(self:Learner, last): return nullcontext() if last or self.world == 1 else _no_exchange(self.net)
 
-# %% ../nbs/05_learner.ipynb #de0ef9d9
+# %% ../nbs/05_learner.ipynb #53cd20b4
 @patch
 def one_step(self:Learner):
     "`accumulate` batches and one update of the weights; a `CancelStep` on the way leaves the weights alone"
@@ -614,7 +615,7 @@ def _measure(self:Learner):
         if scaler: scaler.update() # closes the books on this step's unscaling
         raise
 
-# %% ../nbs/05_learner.ipynb #3e4ccc24
+# %% ../nbs/05_learner.ipynb #72bbf5d4
 @patch
 def _step_batches(self:Learner):
     "The (x, y, weight, last) of one step"
@@ -637,7 +638,7 @@ def set_data(self:Learner, data):
     "Go on with other data, from its own position: before a step, or in `load_state_dict` of a callback"
     self.data, self._stream = data, data.train.forever()
 
-# %% ../nbs/05_learner.ipynb #1f091b65
+# %% ../nbs/05_learner.ipynb #2013ef78
 @patch
 def _set_lr(self:Learner):
     "The schedule's learning rate for the step at hand, taken at its middle so that the first is not zero"
@@ -658,7 +659,7 @@ def _tick(self:Learner):
         now, stop = self.parallel.sum(t.float()).tolist()
     self.elapsed, self.interrupted = now, bool(stop)
 
-# %% ../nbs/05_learner.ipynb #e07bf87a
+# %% ../nbs/05_learner.ipynb #014a4a14
 @patch
 def warm_up(self:Learner):
     "One batch forward and backward, without an update or a callback; then all is as it was"
@@ -682,7 +683,7 @@ def warm_up(self:Learner):
     self.preds = self.loss = self.loss_lm = self.token_losses = None
     if (t := time.perf_counter() - start) > 5: self.say(f'ready after {t:.0f} s; the clock starts now')
 
-# %% ../nbs/05_learner.ipynb #50479eb8
+# %% ../nbs/05_learner.ipynb #4925e630
 @contextmanager
 def _signals(learn):
     "The first Ctrl-C or SIGTERM asks for a stop after the step at hand, the second stops at once"
@@ -697,7 +698,7 @@ def _signals(learn):
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/05_learner.ipynb #f8bf4083
+# %% ../nbs/05_learner.ipynb #e2020f01
 @patch
 def fit(self:Learner,
     steps:int=None, epochs:float=None, minutes:float=None, # the budget: exactly one of them
@@ -731,7 +732,7 @@ def _lost(self:Learner, e): # the same error, or one that says what it means
     return LostProcess(f'another process of this run has gone, so this one ends at step {self.step}; '
                        f'start again with resume=True ({str(e).splitlines()[0][:120]})') if gone else e
 
-# %% ../nbs/05_learner.ipynb #29f17e78
+# %% ../nbs/05_learner.ipynb #54181545
 @patch
 def _begin(self:Learner, budget, resume):
     "Everything between the call of `fit` and the first step"
@@ -758,6 +759,7 @@ def _begin(self:Learner, budget, resume):
     if self.saved: self.load_state_dict(self.saved) # last, so that nothing in before_fit disturbs it
     self._t0 = time.perf_counter() - self.elapsed
 
+# %% ../nbs/05_learner.ipynb #2cd2404e
 @patch
 def _fresh(self:Learner):
     "A new run from the present weights"
@@ -776,7 +778,7 @@ def _end(self:Learner):
     self.model.eval()
     self.cb('after_fit')
 
-# %% ../nbs/05_learner.ipynb #efe9c0c6
+# %% ../nbs/05_learner.ipynb #82277daa
 @patch
 def _named_cbs(self:Learner): # name -> callback; the second of a class is 'Class 2'
     names, out = [], {}
@@ -812,7 +814,7 @@ def load_state_dict(self:Learner, saved:dict): # of `state_dict`, with 'weights'
              'random numbers start afresh')
     set_seed(self.seed + self.step + rank)
 
-# %% ../nbs/05_learner.ipynb #bda92b23
+# %% ../nbs/05_learner.ipynb #1411063d
 @patch
 def fingerprint(self:Learner)->dict: # name -> value
     "What a run that goes on must have in common with the one before"
@@ -833,7 +835,7 @@ def check_fingerprint(self:Learner, was:dict, # of the checkpoint
         raise ValueError('this is not the run of the checkpoint: ' + '; '.join(odd)
                          + '. A resumed run may change its budget, its folder and what it reports')
 
-# %% ../nbs/05_learner.ipynb #6c9eadf0
+# %% ../nbs/05_learner.ipynb #114204d1
 @patch
 def _sums(self:Learner, x, y):
     "Summed loss, number of targets, number guessed right, on the CPU"
@@ -851,7 +853,7 @@ def _eval_sums(self:Learner, batches):
     # sharded weights are gathered by all processes together, so all read every batch
     return total if self.shard else self.parallel.sum(total).cpu()
 
-# %% ../nbs/05_learner.ipynb #fd6f662a
+# %% ../nbs/05_learner.ipynb #93ce4259
 @patch
 def evaluate(self:Learner, batches:int=None, # how many validation batches; None: all
 )->dict: # nats per token, perplexity, bits per byte
@@ -874,7 +876,7 @@ def evaluate(self:Learner, batches:int=None, # how many validation batches; None
     self.cb('after_eval')
     return self.valid
 
-# %% ../nbs/05_learner.ipynb #ef059708
+# %% ../nbs/05_learner.ipynb #b974d864
 def by_default(cls): # a callback class every learner gets; one of the same name is replaced
     names = [c.__name__ for c in Learner.defaults]
     if cls.__name__ in names: Learner.defaults[names.index(cls.__name__)] = cls
@@ -893,7 +895,7 @@ class Evaluator(Callback):
               **{f'valid_{k}': v for k,v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
 by_default(Evaluator);
 
-# %% ../nbs/05_learner.ipynb #bf1c2b9f
+# %% ../nbs/05_learner.ipynb #63a7e787
 def peak_memory_mb(device=None)->float: # None where the platform does not tell
     "Peak memory in MB: of the GPU where there is one, else of this process"
     if device is not None and device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
@@ -901,7 +903,7 @@ def peak_memory_mb(device=None)->float: # None where the platform does not tell
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/05_learner.ipynb #98a92d03
+# %% ../nbs/05_learner.ipynb #83258f4d
 class Recorder(Callback):
     """Averages the losses of `log_every` steps into one `TrainingMetrics`: into `learn.history`, and into
     `metrics.jsonl` where there is a folder"""
@@ -927,7 +929,7 @@ class Recorder(Callback):
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
 by_default(Recorder);
 
-# %% ../nbs/05_learner.ipynb #263794ee
+# %% ../nbs/05_learner.ipynb #a00c07b8
 @patch
 def record(self:Recorder):
     "One record from the steps since the last one"
@@ -949,6 +951,7 @@ def record(self:Recorder):
     self.window, l.logged = [], {}
     self.write(m)
 
+# %% ../nbs/05_learner.ipynb #c7e536f7
 @patch
 def speed(self:Recorder)->dict:
     "Time and tokens since the last record, evaluation and saving not counted"
@@ -973,7 +976,7 @@ def write(self:Recorder, m:TrainingMetrics):
             f'then fit(resume=True)'
         ) from e
 
-# %% ../nbs/05_learner.ipynb #282ebc90
+# %% ../nbs/05_learner.ipynb #3a5b200e
 class Tracker(Callback):
     "Sends each record to 'wandb', 'tensorboard', 'trackio' or another tracker that accelerate knows."
     order = -5
@@ -991,7 +994,6 @@ class Tracker(Callback):
         have = {str(getattr(t, 'value', t)) for t in get_available_trackers()}
         if name not in have: raise ImportError(f'the tracker {name!r} wants its package: pip install {name}')
         self.cls, self.tracker, self.project, self.config = names[name], None, project, config or {}
-
     def before_fit(self):
         l, at = self.learn, len(self.learn.history)
         if not l.is_main: return
@@ -1002,21 +1004,19 @@ class Tracker(Callback):
         flat = {k: v for k,v in (l.fingerprint() | l.budget | self.config).items()}
         self.tracker.store_init_configuration(
             {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k,v in flat.items()})
-
     def after_step(self):
         if self.tracker is None: return
         for m in self.learn.history[self.at:]:
             row = {k: v for k,v in m.to_dict().items() if isinstance(v, (int, float))}
             self.tracker.log(row, step=m.step)
         self.at = len(self.learn.history)
-
     def after_fit(self):
         if self.tracker is None: return
         self.after_step()
         self.tracker.finish()
         self.tracker = None
 
-# %% ../nbs/05_learner.ipynb #96a0ff45
+# %% ../nbs/05_learner.ipynb #baafc0b2
 class Progress(Callback):
     "The progress bar: steps, or minutes where the budget is minutes"
     order, bar = 90, None
@@ -1053,7 +1053,7 @@ class Progress(Callback):
                 + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
 by_default(Progress);
 
-# %% ../nbs/05_learner.ipynb #9a679b31
+# %% ../nbs/05_learner.ipynb #42717148
 @patch
 def loss_figure(self:Learner): # matplotlib Figure
     """Training and validation loss against the unigram and bigram floors, recoveries marked. `ValueError`
@@ -1077,7 +1077,7 @@ def loss_figure(self:Learner): # matplotlib Figure
     fig.tight_layout()
     return fig
 
-# %% ../nbs/05_learner.ipynb #5eeef72f
+# %% ../nbs/05_learner.ipynb #ee69fd95
 @patch
 def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png`, or nowhere without a folder
 ): # matplotlib Figure
@@ -1087,7 +1087,7 @@ def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png
     if path: fig.savefig(path, dpi=120)
     return fig
 
-# %% ../nbs/05_learner.ipynb #fa599b5e
+# %% ../nbs/05_learner.ipynb #101a7ca8
 class LivePlot(Callback):
     "Redraws the loss plot in a notebook every `every` seconds; does nothing elsewhere"
     order = 95
@@ -1108,7 +1108,7 @@ class LivePlot(Callback):
         plt.close(fig)
         self.last = time.perf_counter()
 
-# %% ../nbs/05_learner.ipynb #b7db6f50
+# %% ../nbs/05_learner.ipynb #c6c4bac4
 register_metric('forward_time_ms', 'forward pass and loss of one batch, ms; by the `Timing` callback')
 register_metric('backward_time_ms', 'backward pass of one batch, ms; by the `Timing` callback')
 
@@ -1125,7 +1125,7 @@ class Timing(Callback):
         self.t = now
     def after_backward(self): self.learn.log(backward_time_ms=1e3*(self._now()-self.t))
 
-# %% ../nbs/05_learner.ipynb #2dd4ab91
+# %% ../nbs/05_learner.ipynb #c5955c6c
 OPTIONS, PRESETS = {}, {}
 
 @dataclass(frozen=True)
