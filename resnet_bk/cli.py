@@ -7,17 +7,17 @@ __all__ = ['CARD', 'GENERATE', 'TRAIN_EXAMPLES', 'GENERATE_EXAMPLES', 'full_opti
            'prompt_ids', 'write_text', 'saved_run', 'bk_train', 'write_card', 'find_model', 'bk_generate', 'parser',
            'train_main', 'generate_main', 'main']
 
-# %% ../nbs/14_cli.ipynb #171360be
+# %% ../nbs/14_cli.ipynb #e6d49012
 import os, sys, psutil
 
-# %% ../nbs/14_cli.ipynb #1b71d879
+# %% ../nbs/14_cli.ipynb #3129a208
 def _wait_asleep():
     "Beside a busy process let waiting threads sleep, unless the user has chosen; before torch is imported."
     if 'torch' in sys.modules or {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} & set(os.environ): return
     if psutil.cpu_percent(.2)*psutil.cpu_count() > 50: os.environ['OMP_WAIT_POLICY'] = 'passive'
 _wait_asleep()
 
-# %% ../nbs/14_cli.ipynb #fc62c16b
+# %% ../nbs/14_cli.ipynb #2f23fd01
 import argparse, contextlib, difflib, importlib, io, json, math, shutil, tempfile, torch
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from .learner import (CancelFit, Learner, LostProcess, OPTIONS, Option, PRESETS,
 from .checkpoints import newest_checkpoint, list_checkpoints
 from .stability import NumericalStabilityMonitor
 
-# %% ../nbs/14_cli.ipynb #188243b3
+# %% ../nbs/14_cli.ipynb #59a7659a
 _opt = partial(register_option, group='the text')
 _opt('corpus', 'stdlib', "'stdlib' (Python's own source), a file, a folder, 'wikitext-2' or a Hub dataset")
 _opt('tokenizer', 'bytes', "'bytes', 'chars', 'words' or 'bpe'")
@@ -48,7 +48,7 @@ _opt('ffn_mult', 0., 'hidden width of a feed-forward in each block, over d_model
 _opt('tie', False, 'share weights between embedding and output, for large vocabularies', bool)
 _opt('dropout', 0., 'share of activations that are dropped while training', float)
 
-# %% ../nbs/14_cli.ipynb #fe2bc7ef
+# %% ../nbs/14_cli.ipynb #55168745
 _opt = partial(register_option, group='training')
 _opt('lr', 3e-3, 'peak learning rate', float)
 _opt('weight_decay', .1, 'of AdamW, on matrices', float)
@@ -64,7 +64,7 @@ _opt('device', None, "'cpu', 'cuda', 'cuda:1'; default: a GPU if there is one")
 _opt('shard', False, 'with torchrun: spread the weights over the processes', bool)
 _opt('compile', False, 'run the model through torch.compile', bool)
 
-# %% ../nbs/14_cli.ipynb #091a7d82
+# %% ../nbs/14_cli.ipynb #110f91b6
 _opt = partial(register_option, group='the run', fixed=False)
 _opt('folder', None, 'where model, checkpoints, metrics and loss.png go; default a new ./bk_run*')
 _opt('resume', False, 'go on with the run in --folder (default: the newest ./bk_run*) where it stopped', bool)
@@ -82,7 +82,7 @@ register_preset('small', 'for a first look on a laptop', d_model=64, n_layers=3,
 register_preset('wide', 'for a GPU', d_model=512, n_layers=8, batch_size=32, context=512,
                 mixed_precision='bf16')
 
-# %% ../nbs/14_cli.ipynb #7c299f4c
+# %% ../nbs/14_cli.ipynb #76d59823
 def _import(names):
     "Import the modules that `--use` names; those in the working folder too"
     if names and '' not in sys.path: sys.path.insert(0, '')
@@ -120,7 +120,7 @@ def full_options(given:dict)->dict: # name -> value of every option
     values = {k: o.default for k,o in OPTIONS.items()} | (PRESETS[preset][1] if preset else {}) | given
     return {k: _value(OPTIONS[k], v) for k,v in values.items()}
 
-# %% ../nbs/14_cli.ipynb #2d5e3fca
+# %% ../nbs/14_cli.ipynb #1bd0c865
 def model_config(options:dict, vocab_size:int)->ModelConfig:
     "What the options say about the model. `ValueError` when two of them contradict each other."
     own = {k: o.config(v, options) for k,v in options.items() if (o := OPTIONS[k]).config}
@@ -136,7 +136,7 @@ def model_config(options:dict, vocab_size:int)->ModelConfig:
             out[k], by[k] = v, name
     return ModelConfig(**out)
 
-# %% ../nbs/14_cli.ipynb #af45d874
+# %% ../nbs/14_cli.ipynb #e0a066f9
 def compile_kernels(
     dtype=torch.float32, # of the model's weights
     quiet:bool=False,    # no line and no bar
@@ -147,7 +147,7 @@ def compile_kernels(
     from resnet_bk.decoder import DECODE
     return ready(CORE[dtype], LAYER[dtype], ATTENTION[dtype], DECODE, quiet=quiet)
 
-# %% ../nbs/14_cli.ipynb #76a92d78
+# %% ../nbs/14_cli.ipynb #0f9564f9
 def until(pieces, # texts as they come
     stop:str=None, # where to end
 ):                 # iterator of texts
@@ -167,7 +167,7 @@ def until(pieces, # texts as they come
         kept = kept[len(kept)-held:]
     yield kept
 
-# %% ../nbs/14_cli.ipynb #62915813
+# %% ../nbs/14_cli.ipynb #b9a78348
 def prompt_ids(tok, prompt)->torch.Tensor: # (1, N) token ids
     "`ValueError` for a prompt without a token."
     ids = torch.as_tensor(tok.encode(prompt).astype('int64'))[None]
@@ -192,7 +192,7 @@ def write_text(model, tok, # a model and its tokenizer
         if text: print(text, end='', flush=True, file=out)
         if getattr(out, 'gone', False): return
 
-# %% ../nbs/14_cli.ipynb #a0332592
+# %% ../nbs/14_cli.ipynb #8dca4350
 def _new_folder()->Path:
     "Make bk_run, or bk_run-2, -3 ...: one that nobody else has made"
     i = 1
@@ -220,7 +220,7 @@ def _check_folder(folder):
     try: tempfile.TemporaryFile(dir=at).close()
     except OSError as e: raise _cannot(folder, e) from None
 
-# %% ../nbs/14_cli.ipynb #6fe999ad
+# %% ../nbs/14_cli.ipynb #daa06833
 def saved_run(folder)->dict: # options
     "The options that a run was started with. `ValueError` when there is none in `folder`."
     try: return json.loads((Path(folder)/'run.json').read_text(encoding='utf-8'))
@@ -238,9 +238,11 @@ def _keep_run(folder, options):
 def _resumed(given)->dict: # options
     "What was given, on top of what the run had; what cannot change is refused by name"
     folder = Path(given['folder']) if given.get('folder') else _last_folder()
-    was = saved_run(folder)
-    _import(was.get('use') or '')
-    now = full_options({'use': was.get('use')} | given)
+    was, here = saved_run(folder), given.get('use') or ''
+    if (was.get('use') or '') != here: # no file decides what is imported
+        raise ValueError(f"the run in {folder} was started with --use {was.get('use') or '(nothing)'}: "
+                         f"give the same again (now: {here or 'nothing'})")
+    now = full_options(given)
     odd = [f'--{k} {now[k]} (it has {was[k]})' for k in given
            if k in was and OPTIONS[k].fixed and now[k] != was[k]]
     if odd:
@@ -252,7 +254,7 @@ def _resumed(given)->dict: # options
     if any(given.get(k) is not None for k in budget): keep = {k: v for k,v in keep.items() if k not in budget}
     return now | keep | dict(folder=str(folder))
 
-# %% ../nbs/14_cli.ipynb #52c03235
+# %% ../nbs/14_cli.ipynb #7d6d1094
 def bk_train(**given):
     """Train a causal ResNet-BK language model; by default for three minutes, on Python's own source text.
     The arguments are the options of `bk_train --help`. `ValueError` for what cannot be, before anything is
@@ -271,7 +273,7 @@ def bk_train(**given):
     _finish(learn, options, sample)
     return learn
 
-# %% ../nbs/14_cli.ipynb #4c1e4913
+# %% ../nbs/14_cli.ipynb #86b905c8
 def _build(o, folder):
     "Text, model and learner, all checked; and whether this model can write"
     tok = load_tokenizer(folder) if o['resume'] and (folder/'tokenizer.json').exists() else o['tokenizer']
@@ -282,6 +284,7 @@ def _build(o, folder):
     cbs = [c for k,v in o.items() if OPTIONS[k].cbs for c in OPTIONS[k].cbs(v, o)]
     torch.manual_seed(o['seed'])
     model = ResNetBK(config).init_unigram(data.train.tokens)
+    model.files['tokenizer.json'] = data.tokenizer.to_json()
     names = 'lr weight_decay accumulate seed mixed_precision device shard eval_every checkpoint_every'.split()
     learn = Learner(model, data, cbs=[NumericalStabilityMonitor(), *cbs], progress=not o['quiet'],
                     **{k: o[k] for k in names})
@@ -302,7 +305,7 @@ def _can_write(learn, prompt):
         learn.say(f'no sample at the end: {e}')
         return False
 
-# %% ../nbs/14_cli.ipynb #631ef2fb
+# %% ../nbs/14_cli.ipynb #902aa73c
 def _open_run(learn, o, folder):
     "The first thing that is written: the folder, with the options and the tokenizer"
     if learn.is_main:
@@ -326,7 +329,7 @@ def _announce(learn, o):
               f"{batch}×{o['context']} tokens a step, {budget}, on {where}{into}")
     learn.say(data.floors.table())
 
-# %% ../nbs/14_cli.ipynb #6e6cbb44
+# %% ../nbs/14_cli.ipynb #bb704e3f
 def _dry_run(learn, o):
     "Show what the run would be"
     _announce(learn, o)
@@ -341,7 +344,7 @@ def _dry_run(learn, o):
     if mb := peak_memory_mb(learn.device): learn.say(f'peak memory: {mb:,.0f} MB; nothing was written')
     return learn
 
-# %% ../nbs/14_cli.ipynb #885d0b8f
+# %% ../nbs/14_cli.ipynb #82e9ec73
 CARD = """---
 library_name: resnet_bk
 pipeline_tag: text-generation
@@ -376,7 +379,7 @@ print(tok.decode(model.generate(ids, 200, temperature=.8, top_p=.95)[0]))
 or `bk_generate FOLDER --prompt {prompt!r}`.
 """
 
-# %% ../nbs/14_cli.ipynb #dff8cb9a
+# %% ../nbs/14_cli.ipynb #a900bec7
 def write_card(learn, folder, name, prompt='def '):
     "The card (README.md) of a trained model: what it was trained on, how good it is, how to load it"
     d, f, final = learn.data, learn.data.floors, learn.valid
@@ -389,9 +392,10 @@ def write_card(learn, folder, name, prompt='def '):
                        tokens=learn.tokens, minutes=learn.elapsed/60, device=learn.device, prompt=prompt,
                        **{k: bpb(r) for k,r in floors.items()},
                        **{f'{k}_ppl': f"{r['ppl']:.2f}" for k,r in floors.items()})
+    learn.model.files['README.md'] = text
     (Path(folder)/'README.md').write_text(text, encoding='utf-8')
 
-# %% ../nbs/14_cli.ipynb #00f0ebbf
+# %% ../nbs/14_cli.ipynb #25858325
 def _finish(learn, o, sample):
     folder, data = learn.folder, learn.data
     if learn.interrupted or not learn.done:
@@ -424,7 +428,7 @@ def _result(data, final):
     return (f"bits per byte on the validation text: model {final['bpb']:.3f}   (floors: bigram "
             f"{f['bigram']['bpb']:.3f}, unigram {f['unigram']['bpb']:.3f}); perplexity {final['ppl']:.2f}")
 
-# %% ../nbs/14_cli.ipynb #beb6bf8d
+# %% ../nbs/14_cli.ipynb #ce92d248
 def find_model(path)->Path: # folder with config.json
     "The model in `path`: a model, a checkpoint, or what is newest in a run. `ValueError` when there is none."
     path = Path(path)
@@ -438,7 +442,7 @@ def find_model(path)->Path: # folder with config.json
 
 def _hint(text): print(text, file=sys.stderr)
 
-# %% ../nbs/14_cli.ipynb #abfebca1
+# %% ../nbs/14_cli.ipynb #87fa6949
 GENERATE = [Option(*a) for a in (
     ('prompt', None, 'how the text begins; without it, standard input is read'),
     ('n', 500, 'tokens to add', int),
@@ -448,14 +452,16 @@ GENERATE = [Option(*a) for a in (
     ('top_k', None, 'choose among the k most likely tokens only', int),
     ('top_p', .95, 'or among the likeliest with this much probability together', float),
     ('seed', None, 'the same seed gives the same text', int),
-    ('device', 'cpu', "'cpu', 'cuda', 'cuda:1'"))]
+    ('device', 'cpu', "'cpu', 'cuda', 'cuda:1'"),
+    ('use', '', 'modules to import first, with commas: those that a model has its parts from'))]
 
 def bk_generate(
     run:str, # what bk_train saved: a run, a model or a checkpoint
     prompt=None, n:int=500, samples:int=1, stop:str=None, temperature:float=.8, top_k:int=None,
-    top_p:float=.95, seed:int=None, device:str='cpu',
+    top_p:float=.95, seed:int=None, device:str='cpu', use:str='',
 ):
     "Continue a text with a trained model; it prints the text as it comes, at a constant cost per token."
+    _import(use)
     folder = find_model(run)
     if samples < 1: raise ValueError(f'--samples wants 1 or more; got {samples}')
     if n < 0: raise ValueError(f'--n wants 0 or more; got {n}')
@@ -472,7 +478,7 @@ def bk_generate(
         write_text(model, tok, prompt, n, stop=stop, **how)
         print()
 
-# %% ../nbs/14_cli.ipynb #841393a4
+# %% ../nbs/14_cli.ipynb #bf00a984
 class _Stream:
     "Standard output or error whose reader may leave"
     def __init__(self, f):
@@ -488,7 +494,7 @@ class _Stream:
     def flush(self): self._try(self.f.flush)
     def __getattr__(self, k): return getattr(self.f, k)
 
-# %% ../nbs/14_cli.ipynb #0980f4b4
+# %% ../nbs/14_cli.ipynb #936c85e9
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog): super().__init__(prog, max_help_position=28)
 
@@ -507,7 +513,7 @@ def parser(prog, about, options, examples)->argparse.ArgumentParser: # with the 
         _add(groups[o.group], o)
     return p
 
-# %% ../nbs/14_cli.ipynb #ff055c3f
+# %% ../nbs/14_cli.ipynb #4ebc5615
 def _run(prog, main):
     "Call `main`; what a user can get wrong gives one line, not a traceback"
     sys.stdout, sys.stderr = _Stream(sys.stdout), _Stream(sys.stderr)
@@ -541,7 +547,7 @@ def train_main(argv=None):
         bk_train(**vars(p.parse_args(args)))
     _run('bk_train', main)
 
-# %% ../nbs/14_cli.ipynb #2cdac091
+# %% ../nbs/14_cli.ipynb #eaade7c8
 GENERATE_EXAMPLES = """\
   bk_generate bk_run --prompt 'def '              continue a prompt
   head -c 500 novel.txt | bk_generate bk_run      continue what comes in on standard input
@@ -563,6 +569,6 @@ def main():
         sys.exit('python -m resnet_bk.cli wants "train" or "generate" first, then the options of that')
     commands[sys.argv.pop(1)]()
 
-# %% ../nbs/14_cli.ipynb #c335d4dc
+# %% ../nbs/14_cli.ipynb #7b67347b
 #| eval: false
 if __name__ == '__main__': main()

@@ -8,19 +8,21 @@ __all__ = ['MIXERS', 'FFNS', 'BLOCKS', 'Registry', 'load_parts', 'SideBySide', '
            'check_next_token']
 
 # %% ../nbs/04_model.ipynb #c0004
-import importlib, inspect, math, numpy as np, sys, torch, warnings
+import inspect, math, numpy as np, sys, torch, warnings
 from collections import namedtuple
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from pathlib import Path
 from importlib.metadata import entry_points
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from .native import find_kernel
 from .mixers import BKMixer, BKAttention, BKFeatureMixer
@@ -218,17 +220,13 @@ def _ours(module): return module.split('.')[0] == 'resnet_bk'
 
 @patch
 def _find_parts(self:ModelConfig):
-    "Import `parts`, look every name up, and note where it was registered."
-    where = []
-    for m in self.parts:
-        try: where.append(importlib.import_module(m).__name__)
-        except ImportError as e: where.append(f'{m} ({e})')
+    "Look every name up and note where it was registered. No module that a file names is imported."
     used = [(MIXERS, m) for m in self.mixer] + [(BLOCKS, self.block)]
     if self.ffn is not None: used.append((FFNS, self.ffn))
     found = set(self.parts) - {'__main__'}
     for r,name in used:
         if not isinstance(name, str): raise ValueError(f'{r.kind}: want a name; got {name!r}')
-        r.find(name, where)
+        r.find(name, self.parts)
         found |= {m for m in [r._parts[name].module] if not _ours(m)}
     self.parts = tuple(sorted(found))
 
@@ -272,7 +270,7 @@ class TiedHead(nn.Module):
 # %% ../nbs/04_model.ipynb #c0014
 class ResNetBK(
     nn.Module, PyTorchModelHubMixin,
-    library_name='resnet_bk', tags=['resnet-bk'], license='apache-2.0',
+    library_name='resnet_bk', tags=['resnet-bk'],
     repo_url='https://github.com/resnet-bk/resnet_bk',
 ):
     "Language model `(B, N)` tokens → `(B, N, vocab)` logits. No position embedding, no longest sequence."
@@ -281,7 +279,7 @@ class ResNetBK(
         self.config = c = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         # what save_pretrained writes
         if 'config' in self._hub_mixin_init_parameters: self._hub_mixin_config = c
-        V, D, self._hidden = c.vocab_size, c.d_model, None
+        V, D, self._hidden, self.files = c.vocab_size, c.d_model, None, {}
         self.embed = nn.Embedding(V, D)
         made = [self._block(i) for i in range(c.n_layers)]
         self.blocks = nn.ModuleList(b for b,_ in made)
@@ -480,9 +478,25 @@ def _loop(model, logits, state, n, temperature, top_k, top_p, seed):
         if i < n-1: logits, state = model.step(token, state)
 
 # %% ../nbs/04_model.ipynb #c0078
-def _from_pretrained(cls, *, strict=True, **kw):
-    return super(ResNetBK, cls)._from_pretrained(strict=strict, **kw)
+def _file(model_id, name, kw): # its text, from a folder or the Hub; None where there is none
+    path = Path(model_id)/name
+    if not Path(model_id).is_dir():
+        kw = {k: kw[k] for k in ('revision', 'cache_dir', 'token', 'local_files_only') if k in kw}
+        try: path = Path(hf_hub_download(model_id, name, **kw))
+        except EntryNotFoundError: return None
+    return path.read_text(encoding='utf-8') if path.exists() else None
+
+def _from_pretrained(cls, *, model_id, strict=True, **kw):
+    model = super(ResNetBK, cls)._from_pretrained(model_id=model_id, strict=strict, **kw)
+    found = {n: _file(model_id, n, kw) for n in ('tokenizer.json', 'README.md')}
+    model.files = {n: t for n,t in found.items() if t is not None}
+    return model
 ResNetBK._from_pretrained = classmethod(_from_pretrained)
+
+def _save_pretrained(self:ResNetBK, save_directory):
+    super(ResNetBK, self)._save_pretrained(save_directory)
+    for n,text in self.files.items(): (Path(save_directory)/n).write_text(text, encoding='utf-8')
+ResNetBK._save_pretrained = _save_pretrained
 
 def _load_as_safetensor(cls, model, model_file, map_location, strict):
     try: return super(ResNetBK, cls)._load_as_safetensor(model, model_file, map_location, strict)

@@ -24,16 +24,18 @@ def test_a_run_with_parts_from_outside(tmp_path):
     p.send_signal(signal.SIGKILL)
     p.communicate()
     assert not (cut/'model').exists(), 'it ended before it was killed'
-    assert 'resumed from step-' in good('train', '--resume', '--folder', cut)
+    assert 'resumed from step-' in good('train', '--resume', '--folder', cut, '--use', 'bk_outside')
     assert losses(cut) == losses(tmp_path/'whole')
 
     config = json.loads((cut/'model/config.json').read_text())
     assert (config['parts'], config['block'], config['ffn'], config['mixer'][0]) == (['bk_outside'], 'quiet', 'glu', 'decay')
-    text = good('generate', cut, '--prompt', 'def f', '--n', 8, '--temperature', 0)
-    assert text.startswith('def f') and text == good('generate', tmp_path/'whole', '--prompt', 'def f', '--n', 8, '--temperature', 0)
-    p = start('generate', cut, '--prompt', 'def f', env=env | dict(PYTHONPATH=str(top)))
-    _, err = p.communicate(timeout=120)
-    assert p.returncode == 1 and 'bk_outside' in err and 'Traceback' not in err, err
+    use = ['--use', 'bk_outside']
+    text = good('generate', cut, *use, '--prompt', 'def f', '--n', 8, '--temperature', 0)
+    assert text.startswith('def f') and text == good('generate', tmp_path/'whole', *use, '--prompt', 'def f', '--n', 8, '--temperature', 0)
+    for which in (['generate', cut, '--prompt', 'def f'], ['train', '--resume', '--folder', cut]): # no file decides what is imported
+        p = start(*which)
+        _, err = p.communicate(timeout=120)
+        assert p.returncode == 1 and 'bk_outside' in err and 'Traceback' not in err, err
 
 def test_no_room_knows_it():
     "The rooms that hold the model, the loop and the commands name neither this package nor the experts"
