@@ -6,13 +6,13 @@
 __all__ = ['list_checkpoints', 'write_checkpoint', 'check_checkpoint', 'newest_checkpoint', 'FolderLock', 'all_finite',
            'Checkpointer', 'plot']
 
-# %% ../nbs/05b_checkpoints.ipynb #0a302811
+# %% ../nbs/05b_checkpoints.ipynb #11bd3707
 import hashlib, itertools, json, os, shutil, socket, tempfile, time
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from .learner import Callback, Learner, by_default
 
-# %% ../nbs/05b_checkpoints.ipynb #d3bffa71
+# %% ../nbs/05b_checkpoints.ipynb #af611763
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-# %% ../nbs/05b_checkpoints.ipynb #06d4eaac
+# %% ../nbs/05b_checkpoints.ipynb #9a03a239
 def _sha256(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -38,7 +38,7 @@ def _seal(tmp):
     (tmp/'manifest.json').write_text(json.dumps(dict(files=man), indent=1))
     for f in [*files, tmp/'manifest.json', tmp]: _fsync(f)
 
-# %% ../nbs/05b_checkpoints.ipynb #2bd7fecb
+# %% ../nbs/05b_checkpoints.ipynb #a05c7d0d
 def _key(path): # 'step-00000100.2' -> (100, 2)
     step, _, nth = path.name[5:].partition('.')
     return int(step), int(nth or 1)
@@ -50,7 +50,7 @@ def list_checkpoints(folder)->list: # paths
     named = [p for p in found if p.name[5:].replace('.', '', 1).isdigit()]
     return sorted(named, key=_key, reverse=True)
 
-# %% ../nbs/05b_checkpoints.ipynb #097c2b90
+# %% ../nbs/05b_checkpoints.ipynb #f833994e
 def write_checkpoint(folder, # holds the checkpoints
     step:int, # names this one
     write, # function that writes its files into the folder it is given
@@ -90,7 +90,7 @@ def _drop_old(folder, keep):
         except OSError: continue
         shutil.rmtree(gone, ignore_errors=True)
 
-# %% ../nbs/05b_checkpoints.ipynb #ac94af26
+# %% ../nbs/05b_checkpoints.ipynb #c57ee751
 def check_checkpoint(path, # one checkpoint folder
 )->str: # '' when it is whole, else what is wrong with it
     "Compare a checkpoint with its manifest: presence, length and sha256 of every file."
@@ -116,7 +116,7 @@ def newest_checkpoint(folder, # holds the checkpoints
         say(f'checkpoint {path.name} is damaged: {wrong}; {then}')
     if have: raise ValueError(f'every checkpoint in {folder} is damaged: delete the folder and start again')
 
-# %% ../nbs/05b_checkpoints.ipynb #1e248517
+# %% ../nbs/05b_checkpoints.ipynb #d12fc6ec
 @patch
 def _full_state(self:Learner): # weights and averages in one piece; without sharding weights are None
     if not self.shard: return None, self.opt.state_dict()
@@ -143,7 +143,7 @@ def _write_model(self:Learner, folder, weights):
     else: save_model(self.model, str(folder/'model.safetensors'))
     if hasattr(getattr(self.data, 'tokenizer', None), 'save'): self.data.tokenizer.save(folder)
 
-# %% ../nbs/05b_checkpoints.ipynb #374c558d
+# %% ../nbs/05b_checkpoints.ipynb #0cca5cf2
 @patch
 def save(self:Learner)->Path: # the checkpoint; None on other processes than the main one
     """Write a checkpoint of this moment into `folder` (all processes together). `ValueError` without a folder
@@ -164,7 +164,7 @@ def save(self:Learner)->Path: # the checkpoint; None on other processes than the
     self.paused += time.perf_counter() - start
     return path
 
-# %% ../nbs/05b_checkpoints.ipynb #f3ee5540
+# %% ../nbs/05b_checkpoints.ipynb #d20100b2
 def _check_plain(o, path='state'):
     "`ValueError` naming what `weights_only=True` could not read back"
     if isinstance(o, dict): return [_check_plain(v, f'{path}.{k}') for k,v in o.items()]
@@ -173,7 +173,7 @@ def _check_plain(o, path='state'):
         raise ValueError('a checkpoint holds tensors, numbers, strings, lists, tuples and dicts; '
                          f'{path} is a {type(o).__name__}')
 
-# %% ../nbs/05b_checkpoints.ipynb #37b030b0
+# %% ../nbs/05b_checkpoints.ipynb #df12fd64
 @patch
 def load(self:Learner, path, # a checkpoint folder
 )->dict: # the state; its 'restore' puts weights and optimiser back
@@ -207,7 +207,7 @@ def _scatter(self:Learner, weights, opt): # to the processes that share the weig
     set_state_dict(self.model, self.opt, model_state_dict=weights, optim_state_dict=opt,
                    options=StateDictOptions(full_state_dict=True))
 
-# %% ../nbs/05b_checkpoints.ipynb #8cca02eb
+# %% ../nbs/05b_checkpoints.ipynb #2963c022
 class FolderLock:
     "Holds `folder/run.lock`. `ValueError` that says who holds it; `OSError` where nothing can be written."
     def __init__(self, folder):
@@ -230,7 +230,7 @@ class FolderLock:
         self.file.with_suffix('.holder').unlink(missing_ok=True)
         self.lock.release()
 
-# %% ../nbs/05b_checkpoints.ipynb #f3b05635
+# %% ../nbs/05b_checkpoints.ipynb #61d27dfe
 def all_finite(model:nn.Module)->bool: # False when a NaN or infinity is in a parameter or buffer
     "Whether every number in the model is finite"
     local = lambda t: t.to_local() if hasattr(t, 'to_local') else t
@@ -267,7 +267,7 @@ class Checkpointer(Callback):
             self.lock = None
 by_default(Checkpointer);
 
-# %% ../nbs/05b_checkpoints.ipynb #ebb4d345
+# %% ../nbs/05b_checkpoints.ipynb #f4290280
 @patch
 def find(self:Checkpointer):
     "The newest whole checkpoint, the same on all processes; with none, a new run"

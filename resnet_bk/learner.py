@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'HOOKS', 'PARTS', 'Seen', 'OPTIONS', 'PRESETS', 'token_los
            'Evaluator', 'peak_memory_mb', 'Recorder', 'Tracker', 'Progress', 'LivePlot', 'Timing', 'Option',
            'register_option', 'register_preset']
 
-# %% ../nbs/05_learner.ipynb #237dd43c
+# %% ../nbs/05_learner.ipynb #de06fcc4
 import atexit, json, math, os, random, signal, sys, threading, time
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from .native import keep_memory
 
-# %% ../nbs/05_learner.ipynb #838f8aee
+# %% ../nbs/05_learner.ipynb #5feea5ee
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 from .model import load_parts, take_aux_losses
 
-# %% ../nbs/05_learner.ipynb #f7ca0f55
+# %% ../nbs/05_learner.ipynb #e12b02ce
 def token_losses(logits:Tensor, # (B, N, V) scores of the next token
     targets:Tensor, # (B, N) int64 token ids; -100 where nothing is asked
 )->Tensor: # (B, N) cross-entropy, nats; 0 where nothing is asked
@@ -50,7 +50,7 @@ def lm_loss(logits:Tensor, # (B, N, V)
     "Next-token cross-entropy in float32."
     return token_losses(logits, targets).sum() / (targets != -100).sum().clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #21da6589
+# %% ../nbs/05_learner.ipynb #bd8dd960
 def lr_at(done:float, # share of the budget spent, 0 to 1
     warmup:float=0.05, # share of the budget that warms up
     min_frac:float=0., # where the line ends, as a share of the peak
@@ -61,7 +61,7 @@ def lr_at(done:float, # share of the budget spent, 0 to 1
     phase = min(1., (done-warmup)/(1-warmup))
     return 1 - (1-min_frac)*phase
 
-# %% ../nbs/05_learner.ipynb #ac289487
+# %% ../nbs/05_learner.ipynb #eec9c2dd
 def param_groups(model:nn.Module, # its trainable parameters are taken, each once
     weight_decay:float=0.1, # for parameters with two or more axes
 )->list: # optimiser groups: decayed first, then the rest; empty ones left out
@@ -75,7 +75,7 @@ def param_groups(model:nn.Module, # its trainable parameters are taken, each onc
               dict(params=[p for p in ps if id(p) not in taken], weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/05_learner.ipynb #9409cb60
+# %% ../nbs/05_learner.ipynb #4c36d0d8
 def _plain(v):
     "Tensors and numpy values as Python ones, non-finite floats as words"
     if isinstance(v, (Tensor, np.ndarray, np.generic)): v = v.tolist()
@@ -88,7 +88,7 @@ def _number(v): # the inverse
     if isinstance(v, dict): return {k: _number(o) for k,o in v.items()}
     return float(v) if v in ('nan', 'inf', '-inf') else v
 
-# %% ../nbs/05_learner.ipynb #6be8f431
+# %% ../nbs/05_learner.ipynb #8b237ea3
 METRICS = {} # name -> what it means, its unit
 
 def register_metric(name:str, # a Python name; losses begin with 'loss_'
@@ -99,7 +99,7 @@ def register_metric(name:str, # a Python name; losses begin with 'loss_'
         raise ValueError(f'a metric wants a Python name that is not taken; got {name!r}')
     METRICS[name] = doc
 
-# %% ../nbs/05_learner.ipynb #16d7c2e2
+# %% ../nbs/05_learner.ipynb #1cf9489e
 @dataclass
 class TrainingMetrics:
     """What one record of a run holds. Losses in nats per token, times in the unit of the name; `None` =
@@ -131,7 +131,7 @@ class TrainingMetrics:
         if name in METRICS: return 0. if name.startswith('loss_') else None
         raise AttributeError(f'no metric {name!r} in this record; registered: {", ".join(sorted(METRICS))}')
 
-# %% ../nbs/05_learner.ipynb #f41bb122
+# %% ../nbs/05_learner.ipynb #2369e8d2
 @patch
 def to_dict(self:TrainingMetrics)->dict: # JSON-safe; what was not measured is left out
     "The record as one flat dict of plain Python values"
@@ -145,7 +145,7 @@ def from_dict(cls:TrainingMetrics, d:dict)->TrainingMetrics: # inverse of `to_di
     extra = {k: v for k,v in d.items() if k not in known}
     return cls(**{k: v for k,v in d.items() if k in known}, extra=extra)
 
-# %% ../nbs/05_learner.ipynb #97bd54ad
+# %% ../nbs/05_learner.ipynb #bc1bdfd1
 def read_metrics(path, # a metrics.jsonl file
 )->list: # of TrainingMetrics, in the order written
     """The records of a run. A last line cut short by a kill is left out; `FileNotFoundError` when there is
@@ -156,7 +156,7 @@ def read_metrics(path, # a metrics.jsonl file
         except json.JSONDecodeError: break
     return out
 
-# %% ../nbs/05_learner.ipynb #7f63ba88
+# %% ../nbs/05_learner.ipynb #c959f3b5
 HOOKS = ('before_prepare before_run before_fit before_epoch before_step before_batch after_pred after_loss '
          'before_backward after_backward before_optim after_step after_epoch before_eval after_eval '
          'before_save after_save after_fit').split()
@@ -176,7 +176,7 @@ class Callback:
             raise TypeError(f"{cls.__name__}.{odd[0]} is not a hook of the loop; "
                             f"the hooks are {', '.join(HOOKS)}")
 
-# %% ../nbs/05_learner.ipynb #562c1139
+# %% ../nbs/05_learner.ipynb #0d16e293
 class CancelStep(Exception):
     "Raised by a callback: drop this step, do not touch the weights (with several processes: on all of them)"
 
@@ -184,7 +184,7 @@ class CancelFit(Exception): "Raised by a callback: end the run here, in good ord
 
 class LostProcess(RuntimeError): "Another process of this run has gone"
 
-# %% ../nbs/05_learner.ipynb #fd27f6e0
+# %% ../nbs/05_learner.ipynb #bfa0d7f4
 def _device(name, local):
     if name is None and os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes'): name = 'cpu'
     try: d = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -197,7 +197,7 @@ def _device(name, local):
     torch.cuda.set_device(d)
     return d
 
-# %% ../nbs/05_learner.ipynb #17e44177
+# %% ../nbs/05_learner.ipynb #8f3f0080
 def _leave(): # the threads of a process group can abort a dying interpreter
     if dist.is_initialized(): dist.destroy_process_group()
 
@@ -227,7 +227,7 @@ class Parallel:
         if self.precision == 'no': return nullcontext()
         return torch.autocast(self.device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
-# %% ../nbs/05_learner.ipynb #f095cac6
+# %% ../nbs/05_learner.ipynb #85083d4a
 @patch
 def wrap(self:Parallel, model:nn.Module)->nn.Module:
     "The model for the forward pass of training: itself, wrapped, or itself with its blocks sharded"
@@ -260,7 +260,7 @@ def wait(self:Parallel):
     "Until all processes are here"
     if self.world > 1: dist.barrier()
 
-# %% ../nbs/05_learner.ipynb #3d2ac7cf
+# %% ../nbs/05_learner.ipynb #f8dfe780
 def set_seed(seed:int): # of any integer type
     "Seed Python, numpy and PyTorch"
     seed = int(seed)
@@ -284,7 +284,7 @@ def set_rng_state(s:dict): # from `rng_state`
     if s['cuda'] and torch.cuda.is_available() and len(s['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(s['cuda'])
 
-# %% ../nbs/05_learner.ipynb #91de4ea5
+# %% ../nbs/05_learner.ipynb #683c7abb
 class Learner:
     """Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for
     settings that make no sense."""
@@ -324,7 +324,7 @@ class Learner:
         load_parts()
         for cb in [c() for c in self.defaults] + listify(cbs): self.add_cb(cb)
 
-# %% ../nbs/05_learner.ipynb #aa482544
+# %% ../nbs/05_learner.ipynb #f07afa57
 @patch
 def _reset(self:Learner):
     "The variables of a run, at its start"
@@ -336,7 +336,7 @@ def _reset(self:Learner):
     self.resuming, self.saved, self._begun = False, None, False
     self.preds = self.loss = self.loss_lm = self.token_losses = None
 
-# %% ../nbs/05_learner.ipynb #746c08b8
+# %% ../nbs/05_learner.ipynb #a8938056
 @patch
 def add_cb(self:Learner, cb:Callback)->Learner:
     "Add a callback. `TypeError` for anything else, `ValueError` where two would replace the same part."
@@ -363,7 +363,7 @@ def find_cbs(self:Learner, cls:type)->list: # in the order they are called
     "The callbacks of a class"
     return [c for c in self.cbs if isinstance(c, cls)]
 
-# %% ../nbs/05_learner.ipynb #5aac9af0
+# %% ../nbs/05_learner.ipynb #22b7e721
 @patch
 def cb(self:Learner, hook:str):
     "Call `hook` of every callback that has it, in order; at the end of a run, of all, even if one fails"
@@ -391,7 +391,7 @@ def do(self:Learner, part:str):
     "Carry out one of `PARTS`: by the callback that replaces it, else by the learner's own method"
     return getattr(self._player(part), part)()
 
-# %% ../nbs/05_learner.ipynb #00acedf6
+# %% ../nbs/05_learner.ipynb #08e0b6fd
 @patch
 def log(self:Learner, **values):
     """Hand values to the next record: fields of `TrainingMetrics`, or anything else (kept under `extra`).
@@ -414,7 +414,7 @@ def say(self:Learner, text:str):
     try: tqdm.write(text, file=sys.stdout)
     except (OSError, ValueError): pass # a closed pipe, a closed file
 
-# %% ../nbs/05_learner.ipynb #4bccbdd4
+# %% ../nbs/05_learner.ipynb #79cd15d0
 @patch
 def prepare(self:Learner)->Learner:
     "Device, wrapper and optimiser: once, at the first `fit` or `evaluate`."
@@ -438,7 +438,7 @@ def _make_opt(self:Learner):
     for g in opt.param_groups: g.setdefault('initial_lr', g['lr'])
     return opt
 
-# %% ../nbs/05_learner.ipynb #cdd65374
+# %% ../nbs/05_learner.ipynb #639ad429
 @patch
 def adopt(self:Learner)->int: # how many parameters are new
     "Give the optimiser the parameters that can be trained now, and take away those that are gone"
@@ -456,7 +456,7 @@ def adopt(self:Learner)->int: # how many parameters are new
     if new: self.net = self.parallel.wrap(self.model.to(self.device))
     return new
 
-# %% ../nbs/05_learner.ipynb #f860ece2
+# %% ../nbs/05_learner.ipynb #20750288
 @patch(as_prop=True)
 def is_main(self:Learner)->bool: # True in the process that prints and writes
     "Whether this is the main process"
@@ -472,7 +472,7 @@ def share(self:Learner)->int: # 1: every batch of `data.train` is for this proce
     "Of how many batches this process takes one: of `world`, unless the data was made for this `rank` already"
     return self.world if getattr(self.data.train, 'world', 1) == 1 else 1
 
-# %% ../nbs/05_learner.ipynb #127e7689
+# %% ../nbs/05_learner.ipynb #fa79f436
 def check_budget(steps=None, epochs=None, minutes=None)->dict: # the one that was given
     "`ValueError` for none, two, or one that is not positive and finite."
     given = {k:v for k,v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
@@ -491,7 +491,7 @@ def _set_budget(self:Learner, budget:dict):
         None if unit == 'minutes' else max(1, round(n if unit == 'steps' else n * self.steps_per_epoch))
     )
 
-# %% ../nbs/05_learner.ipynb #149c1318
+# %% ../nbs/05_learner.ipynb #0cbefd93
 @patch(as_prop=True)
 def spent(self:Learner)->float: # 0 at the start, 1 or more at the end
     "Share of the budget that is used up"
@@ -507,7 +507,7 @@ def epoch(self:Learner)->float: # 1.5: halfway through the second pass
     "Passes over the training text so far (of the text that the run began with)"
     return self.step/self.steps_per_epoch
 
-# %% ../nbs/05_learner.ipynb #74c9aec7
+# %% ../nbs/05_learner.ipynb #7be561bf
 def logits_of(preds)->Tensor: # (B, N, V)
     "The logits in what a model answered: itself, its attribute `logits`, or the first of a tuple"
     if isinstance(preds, Tensor): return preds
@@ -547,7 +547,7 @@ def example_losses(self:Learner)->Tensor: # (B,) nats per token, of the batch at
     if self.token_losses is None: return None
     return self.token_losses.sum(-1)/(self.y != -100).sum(-1).clamp(min=1)
 
-# %% ../nbs/05_learner.ipynb #632ec259
+# %% ../nbs/05_learner.ipynb #caaaa605
 Seen = namedtuple('Seen', 'x y loss loss_lm weight') # one batch of the step at hand
 
 @patch
@@ -580,7 +580,7 @@ def _no_exchange(net): # of gradients between processes
 @patch
 def _exchange(self:Learner, last): return nullcontext() if last or self.world == 1 else _no_exchange(self.net)
 
-# %% ../nbs/05_learner.ipynb #53cd20b4
+# %% ../nbs/05_learner.ipynb #21f7457a
 @patch
 def one_step(self:Learner):
     "`accumulate` batches and one update of the weights; a `CancelStep` on the way leaves the weights alone"
@@ -615,7 +615,7 @@ def _measure(self:Learner):
         if scaler: scaler.update() # closes the books on this step's unscaling
         raise
 
-# %% ../nbs/05_learner.ipynb #72bbf5d4
+# %% ../nbs/05_learner.ipynb #95828273
 @patch
 def _step_batches(self:Learner):
     "The (x, y, weight, last) of one step"
@@ -638,7 +638,7 @@ def set_data(self:Learner, data):
     "Go on with other data, from its own position: before a step, or in `load_state_dict` of a callback"
     self.data, self._stream = data, data.train.forever()
 
-# %% ../nbs/05_learner.ipynb #2013ef78
+# %% ../nbs/05_learner.ipynb #20bac011
 @patch
 def _set_lr(self:Learner):
     "The schedule's learning rate for the step at hand, taken at its middle so that the first is not zero"
@@ -659,7 +659,7 @@ def _tick(self:Learner):
         now, stop = self.parallel.sum(t.float()).tolist()
     self.elapsed, self.interrupted = now, bool(stop)
 
-# %% ../nbs/05_learner.ipynb #014a4a14
+# %% ../nbs/05_learner.ipynb #a0bfee49
 @patch
 def warm_up(self:Learner):
     "One batch forward and backward, without an update or a callback; then all is as it was"
@@ -683,7 +683,7 @@ def warm_up(self:Learner):
     self.preds = self.loss = self.loss_lm = self.token_losses = None
     if (t := time.perf_counter() - start) > 5: self.say(f'ready after {t:.0f} s; the clock starts now')
 
-# %% ../nbs/05_learner.ipynb #4925e630
+# %% ../nbs/05_learner.ipynb #185b5c41
 @contextmanager
 def _signals(learn):
     "The first Ctrl-C or SIGTERM asks for a stop after the step at hand, the second stops at once"
@@ -698,7 +698,7 @@ def _signals(learn):
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/05_learner.ipynb #e2020f01
+# %% ../nbs/05_learner.ipynb #38d50432
 @patch
 def fit(self:Learner,
     steps:int=None, epochs:float=None, minutes:float=None, # the budget: exactly one of them
@@ -732,7 +732,7 @@ def _lost(self:Learner, e): # the same error, or one that says what it means
     return LostProcess(f'another process of this run has gone, so this one ends at step {self.step}; '
                        f'start again with resume=True ({str(e).splitlines()[0][:120]})') if gone else e
 
-# %% ../nbs/05_learner.ipynb #54181545
+# %% ../nbs/05_learner.ipynb #f8beff27
 @patch
 def _begin(self:Learner, budget, resume):
     "Everything between the call of `fit` and the first step"
@@ -759,7 +759,7 @@ def _begin(self:Learner, budget, resume):
     if self.saved: self.load_state_dict(self.saved) # last, so that nothing in before_fit disturbs it
     self._t0 = time.perf_counter() - self.elapsed
 
-# %% ../nbs/05_learner.ipynb #2cd2404e
+# %% ../nbs/05_learner.ipynb #3cb29a59
 @patch
 def _fresh(self:Learner):
     "A new run from the present weights"
@@ -778,7 +778,7 @@ def _end(self:Learner):
     self.model.eval()
     self.cb('after_fit')
 
-# %% ../nbs/05_learner.ipynb #82277daa
+# %% ../nbs/05_learner.ipynb #5fffba83
 @patch
 def _named_cbs(self:Learner): # name -> callback; the second of a class is 'Class 2'
     names, out = [], {}
@@ -814,7 +814,7 @@ def load_state_dict(self:Learner, saved:dict): # of `state_dict`, with 'weights'
              'random numbers start afresh')
     set_seed(self.seed + self.step + rank)
 
-# %% ../nbs/05_learner.ipynb #1411063d
+# %% ../nbs/05_learner.ipynb #b491ccae
 @patch
 def fingerprint(self:Learner)->dict: # name -> value
     "What a run that goes on must have in common with the one before"
@@ -835,7 +835,7 @@ def check_fingerprint(self:Learner, was:dict, # of the checkpoint
         raise ValueError('this is not the run of the checkpoint: ' + '; '.join(odd)
                          + '. A resumed run may change its budget, its folder and what it reports')
 
-# %% ../nbs/05_learner.ipynb #114204d1
+# %% ../nbs/05_learner.ipynb #6ae1ec2d
 @patch
 def _sums(self:Learner, x, y):
     "Summed loss, number of targets, number guessed right, on the CPU"
@@ -853,7 +853,7 @@ def _eval_sums(self:Learner, batches):
     # sharded weights are gathered by all processes together, so all read every batch
     return total if self.shard else self.parallel.sum(total).cpu()
 
-# %% ../nbs/05_learner.ipynb #93ce4259
+# %% ../nbs/05_learner.ipynb #c3f229d8
 @patch
 def evaluate(self:Learner, batches:int=None, # how many validation batches; None: all
 )->dict: # nats per token, perplexity, bits per byte
@@ -876,7 +876,7 @@ def evaluate(self:Learner, batches:int=None, # how many validation batches; None
     self.cb('after_eval')
     return self.valid
 
-# %% ../nbs/05_learner.ipynb #b974d864
+# %% ../nbs/05_learner.ipynb #97ad5ab7
 def by_default(cls): # a callback class every learner gets; one of the same name is replaced
     names = [c.__name__ for c in Learner.defaults]
     if cls.__name__ in names: Learner.defaults[names.index(cls.__name__)] = cls
@@ -895,7 +895,7 @@ class Evaluator(Callback):
               **{f'valid_{k}': v for k,v in l.valid.items() if k in ('nats', 'ppl', 'bpb')})
 by_default(Evaluator);
 
-# %% ../nbs/05_learner.ipynb #63a7e787
+# %% ../nbs/05_learner.ipynb #30894988
 def peak_memory_mb(device=None)->float: # None where the platform does not tell
     "Peak memory in MB: of the GPU where there is one, else of this process"
     if device is not None and device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
@@ -903,7 +903,7 @@ def peak_memory_mb(device=None)->float: # None where the platform does not tell
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
-# %% ../nbs/05_learner.ipynb #83258f4d
+# %% ../nbs/05_learner.ipynb #150f24c8
 class Recorder(Callback):
     """Averages the losses of `log_every` steps into one `TrainingMetrics`: into `learn.history`, and into
     `metrics.jsonl` where there is a folder"""
@@ -929,7 +929,7 @@ class Recorder(Callback):
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
 by_default(Recorder);
 
-# %% ../nbs/05_learner.ipynb #a00c07b8
+# %% ../nbs/05_learner.ipynb #ceaeaf54
 @patch
 def record(self:Recorder):
     "One record from the steps since the last one"
@@ -951,7 +951,7 @@ def record(self:Recorder):
     self.window, l.logged = [], {}
     self.write(m)
 
-# %% ../nbs/05_learner.ipynb #c7e536f7
+# %% ../nbs/05_learner.ipynb #16b6e1da
 @patch
 def speed(self:Recorder)->dict:
     "Time and tokens since the last record, evaluation and saving not counted"
@@ -976,7 +976,7 @@ def write(self:Recorder, m:TrainingMetrics):
             f'then fit(resume=True)'
         ) from e
 
-# %% ../nbs/05_learner.ipynb #3a5b200e
+# %% ../nbs/05_learner.ipynb #a98496aa
 class Tracker(Callback):
     "Sends each record to 'wandb', 'tensorboard', 'trackio' or another tracker that accelerate knows."
     order = -5
@@ -1001,6 +1001,7 @@ class Tracker(Callback):
         PartialState(cpu=l.device.type == 'cpu') # the adapters ask it for the main process
         kw = dict(logging_dir=str(l.folder or '.')) if self.cls.requires_logging_directory else {}
         self.tracker, self.at = self.cls(self.project, **kw), at
+        self.tracker.start()
         flat = {k: v for k,v in (l.fingerprint() | l.budget | self.config).items()}
         self.tracker.store_init_configuration(
             {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k,v in flat.items()})
@@ -1016,7 +1017,7 @@ class Tracker(Callback):
         self.tracker.finish()
         self.tracker = None
 
-# %% ../nbs/05_learner.ipynb #baafc0b2
+# %% ../nbs/05_learner.ipynb #d58e096e
 class Progress(Callback):
     "The progress bar: steps, or minutes where the budget is minutes"
     order, bar = 90, None
@@ -1053,7 +1054,7 @@ class Progress(Callback):
                 + (f'valid {v["nats"]:.3f}, ' if v else '') + f'{m.tokens_per_s:,.0f} tokens/s')
 by_default(Progress);
 
-# %% ../nbs/05_learner.ipynb #42717148
+# %% ../nbs/05_learner.ipynb #640e95ef
 @patch
 def loss_figure(self:Learner): # matplotlib Figure
     """Training and validation loss against the unigram and bigram floors, recoveries marked. `ValueError`
@@ -1077,7 +1078,7 @@ def loss_figure(self:Learner): # matplotlib Figure
     fig.tight_layout()
     return fig
 
-# %% ../nbs/05_learner.ipynb #ee69fd95
+# %% ../nbs/05_learner.ipynb #14155da5
 @patch
 def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png`, or nowhere without a folder
 ): # matplotlib Figure
@@ -1087,7 +1088,7 @@ def plot_losses(self:Learner, path=None, # where to save; None: `folder/loss.png
     if path: fig.savefig(path, dpi=120)
     return fig
 
-# %% ../nbs/05_learner.ipynb #101a7ca8
+# %% ../nbs/05_learner.ipynb #45fd8f8e
 class LivePlot(Callback):
     "Redraws the loss plot in a notebook every `every` seconds; does nothing elsewhere"
     order = 95
@@ -1108,7 +1109,7 @@ class LivePlot(Callback):
         plt.close(fig)
         self.last = time.perf_counter()
 
-# %% ../nbs/05_learner.ipynb #c6c4bac4
+# %% ../nbs/05_learner.ipynb #0bee37cf
 register_metric('forward_time_ms', 'forward pass and loss of one batch, ms; by the `Timing` callback')
 register_metric('backward_time_ms', 'backward pass of one batch, ms; by the `Timing` callback')
 
@@ -1125,7 +1126,7 @@ class Timing(Callback):
         self.t = now
     def after_backward(self): self.learn.log(backward_time_ms=1e3*(self._now()-self.t))
 
-# %% ../nbs/05_learner.ipynb #c5955c6c
+# %% ../nbs/05_learner.ipynb #ffbf7531
 OPTIONS, PRESETS = {}, {}
 
 @dataclass(frozen=True)

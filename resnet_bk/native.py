@@ -554,12 +554,17 @@ def keep_memory()->bool: # whether the C library took the advice
 def time_together(fns:dict, # name -> function of no arguments
                   rounds:int=7, # rounds; the median is returned
                  )->dict: # name -> milliseconds
-    "Median milliseconds of several functions, timed in turns by `torch.utils.benchmark`, 2 ms or more each."
-    from torch.utils.benchmark import Timer
-    timers = {n: Timer('f()', globals={'f': f}, num_threads=torch.get_num_threads()) for n,f in fns.items()}
-    for t in timers.values(): t.timeit(1) # its own warm-up calls the function once more
-    reps = {n: min(1000, max(1, round(.002/(t.timeit(1).mean + 1e-9)))) for n,t in timers.items()}
-    ts = {n: [] for n in fns}
+    "Median milliseconds of several functions, timed in turns after a warm-up, in samples of at least 2 ms."
+    # not torch.utils.benchmark: it sets the number of threads, after which MKL fails to invert batches
+    ts, reps = {n: [] for n in fns}, {}
+    for n,f in fns.items():
+        f()
+        t = time.perf_counter()
+        f()
+        reps[n] = min(1000, max(1, round(.002/(time.perf_counter() - t + 1e-9))))
     for _ in range(rounds):
-        for n,t in timers.items(): ts[n].append(t.timeit(reps[n]).mean*1e3)
+        for n,f in fns.items():
+            t = time.perf_counter()
+            for _ in range(reps[n]): f()
+            ts[n].append((time.perf_counter() - t)*1e3/reps[n])
     return {n: sorted(t)[len(t)//2] for n,t in ts.items()}
