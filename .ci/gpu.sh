@@ -34,6 +34,14 @@ print(f'{len(host)} libraries of the host: {time.perf_counter() - t:.0f} s')
 PY
 part check 60 "$python" -m resnet_bk.hardware check || failed=1
 part bench 110 "$python" -m resnet_bk.benchmarks gpu || failed=1
-for nb in 03_moe 05_learner 10_hardware; do part "$nb" 120 "$python" .ci/cells.py "nbs/$nb.ipynb" & jobs+=($!); done
+part commands 120 bash -c "
+  set -e
+  run=\$(mktemp -d)/run
+  $python -m resnet_bk.cli train --preset wide --minutes .4 --folder \$run --quiet
+  $python -m resnet_bk.cli generate \$run --prompt 'def ' --n 100 --device cuda --seed 0
+  $python -m resnet_bk.cli train --minutes .6 --folder \$run-2 --quiet
+  $python -m resnet_bk.cli train --resume --folder \$run-2 --minutes .7 --quiet
+  $python -m resnet_bk.cli train --minutes .3 --mixed_precision fp16 --folder \$run-3 --quiet" || failed=1
+for nb in 03_moe 05_learner 05e_own_loop 10_hardware; do part "$nb" 120 "$python" .ci/cells.py "nbs/$nb.ipynb" & jobs+=($!); done
 for j in "${jobs[@]}"; do wait "$j" || failed=1; done
 exit $failed
