@@ -34,7 +34,7 @@ print(f'{len(host)} libraries of the host: {time.perf_counter() - t:.0f} s')
 PY
 part check 60 "$python" -m resnet_bk.hardware check || failed=1
 part bench 110 "$python" -m resnet_bk.benchmarks gpu || failed=1
-part commands 120 bash -c "
+part commands 150 bash -c "
   set -e
   run=\$(mktemp -d)/run
   $python -m resnet_bk.cli train --preset wide --minutes .4 --folder \$run --quiet

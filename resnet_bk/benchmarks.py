@@ -18,6 +18,7 @@ from .data import mqar_batch
 from .mixers import BKMixer, BKAttention
 from .model import MIXERS, ModelConfig, ResNetBK, init_unigram
 from .learner import Learner
+from .hardware import EMULATED # and the backends of GPUs
 from .own_loop import MixedPrecisionTrainer
 from .moe_training import MoEBalance
 
@@ -370,7 +371,7 @@ def bandwidth_shares(shapes=((2, 4096, 4096), (1, 2**20, 16)), # (B, N, C)
                      copy_floats:int=2**28)->list:
     """Mixer with absorption, forward (2 numbers read, 4 written) and backward (6 read, 2 written),
     as a share of the copy bandwidth; per number of chunks."""
-    kernels = BACKENDS['cuda' if dev == 'cuda' else 'emulated']
+    kernels = BACKENDS['cuda'] if dev == 'cuda' else EMULATED
     rate, rows = copy_bandwidth(dev, copy_floats), []
     for shape in shapes:
         B, N, C = shape

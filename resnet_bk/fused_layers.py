@@ -1399,9 +1399,9 @@ def _mixer_on_cpu(m, x, state, cut, return_state):
     if compiling:
         if state is not None or return_state or torch._C._are_functorch_transforms_active(): return None
         if not _layer_built(t): return None
-        (*ps, scale, weight), nums = layer_params(m, t)
+        ps, nums = layer_params(m, t)
         ps[3] = ps[3].exp()
-        return m.out_proj(layer_op(m.in_proj(x), cut, *ps, scale, weight, *nums)[0])
+        return m.out_proj(layer_op(m.in_proj(x), cut, *ps, *nums)[0])
     own = list(m.parameters())
     if not _plainly(m, x, state, cut, own): return None
     need = _needs_grad(x, own)
