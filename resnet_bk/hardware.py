@@ -2413,15 +2413,15 @@ def _mixer_on_gpu(m, x, state, cut, return_state):
     t = _cast(x)
     if t not in _KINDS or not m.causal or not _as_built(m, m.in_proj, m.out_proj): return None
     if not _passes(m, x, state, cut, return_state) or not _loads('layer'): return None
-    (*ps, scale, weight), nums = layer_params(m, t)
+    ps, nums = layer_params(m, t)
     ps[3], h = ps[3].exp(), m.in_proj(x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return m.out_proj(layer_op(h, cut, *ps, scale, weight, *nums)[0])
+        return m.out_proj(layer_op(h, cut, *ps, *nums)[0])
     past, g0 = (None, None) if state is None else _mixer_state(state, t)
-    y, _, _, end = layer_forward(h, past, cut, *ps, scale, weight, g0, *nums, keep=False)
+    y, _, _, end = layer_forward(h, past, cut, *ps, g0, *nums, keep=False)
     y = m.out_proj(y)
     if not return_state: return y
-    end = (end if x.shape[1] or g0 is None else g0).to(scale.dtype)
+    end = (end if x.shape[1] or g0 is None else g0).to(ps[4].dtype)
     tail = None if m.conv is None else m.conv.tail(h[...,:m.n_in*m.channels], past, cut)
     return y, (tail, tuple(torch.view_as_complex(e.contiguous()) for e in end.split(2, -1)))
 
