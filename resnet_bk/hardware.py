@@ -113,7 +113,8 @@ CUDA_LAUNCH
 CUDA_LAUNCH += Cpp(r'''
 #else
 #ifdef _OPENMP
-#include <omp.h>
+extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
 #else
 static int omp_get_max_threads() { return 1; }
 static int omp_get_thread_num() { return 0; }
