@@ -1,5 +1,5 @@
 """What a notebook cannot test of the learner: a real SIGKILL, Ctrl-C from outside, a full disk, a log file instead of a terminal, several processes."""
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -245,3 +245,96 @@ class Killed(Callback):
 cbs = [Killed()]
 '''), 1)
     assert 'another process of this run has gone, so this one ends at step 15; start again with resume=True' in err or 'SIGTERM' in err, err
+
+
+# Counts what a process asks of the file system, and ends it at request number n: a write is then half done, anything else not at all.
+SHIM = r'''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+static long seen, stop;
+void faults_stop_at(long n) { seen = 0; stop = n; }
+long faults_seen(void) { return seen; }
+static int last(void) { return ++seen == stop; }
+#define WRAP(T, name, params, args) T name params { \
+  static T (*f) params; \
+  if (!f) f = dlsym(RTLD_NEXT, #name); \
+  if (last()) _exit(9); \
+  return f args; }
+#define HALF(name, params, args, half) ssize_t name params { \
+  static ssize_t (*f) params; \
+  if (!f) f = dlsym(RTLD_NEXT, #name); \
+  if (last()) { f half; _exit(9); } \
+  return f args; }
+#define OPEN(name) int name(const char* p, int flags, ...) { \
+  static int (*f)(const char*, int, ...); \
+  if (!f) f = dlsym(RTLD_NEXT, #name); \
+  va_list v; va_start(v, flags); int mode = va_arg(v, int); va_end(v); \
+  if (last()) _exit(9); \
+  return f(p, flags, mode); }
+OPEN(open) OPEN(open64)
+int openat(int d, const char* p, int flags, ...) {
+  static int (*f)(int, const char*, int, ...);
+  if (!f) f = dlsym(RTLD_NEXT, "openat");
+  va_list v; va_start(v, flags); int mode = va_arg(v, int); va_end(v);
+  if (last()) _exit(9);
+  return f(d, p, flags, mode);
+}
+HALF(write, (int a, const void* b, size_t n), (a, b, n), (a, b, n / 2))
+HALF(pwrite, (int a, const void* b, size_t n, off_t o), (a, b, n, o), (a, b, n / 2, o))
+HALF(pwrite64, (int a, const void* b, size_t n, off64_t o), (a, b, n, o), (a, b, n / 2, o))
+WRAP(ssize_t, writev, (int a, const struct iovec* b, int n), (a, b, n))
+WRAP(int, fsync, (int a), (a))
+WRAP(int, ftruncate, (int a, off_t n), (a, n))
+WRAP(int, ftruncate64, (int a, off64_t n), (a, n))
+WRAP(int, close, (int a), (a))
+WRAP(int, chmod, (const char* p, mode_t m), (p, m))
+WRAP(int, mkdir, (const char* p, mode_t m), (p, m))
+WRAP(int, mkdirat, (int d, const char* p, mode_t m), (d, p, m))
+WRAP(int, rename, (const char* a, const char* b), (a, b))
+WRAP(int, renameat, (int d, const char* a, int e, const char* b), (d, a, e, b))
+WRAP(int, unlink, (const char* p), (p))
+WRAP(int, unlinkat, (int d, const char* p, int g), (d, p, g))
+WRAP(int, rmdir, (const char* p), (p))
+'''
+FAULTS = '''
+shim = ctypes.CDLL(os.environ['LD_PRELOAD'])
+shim.faults_seen.restype = ctypes.c_long
+def save(at, stop): # in a child: the save of a checkpoint, ended at its request number `stop`
+    learn.folder = at
+    shim.faults_stop_at(ctypes.c_long(stop))
+    learn.save()
+    os._exit(0)
+from pathlib import Path
+whole = Path(folder)
+for step in (31, 30): # a new step, and one that is there already
+    learn.step, learn.keep, found, asked, stop = step, 1, [], set(), 0
+    while True:
+        stop += 1
+        at = whole.parent/f'{step}-{stop}'
+        shutil.copytree(whole, at)
+        if not (pid := os.fork()): save(at, stop)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        new = checkpoints.newest_checkpoint(at/'checkpoints', lambda s: None)
+        assert new is not None, f'step {step}: no checkpoint after request {stop}'
+        found.append(new.name)
+        shutil.rmtree(at)
+        if code == 0: break
+        assert code == 9, code
+    turn = found.index(found[-1])
+    assert found == ['step-00000030']*turn + found[-1:]*(len(found) - turn) and len(found) > 40, found
+    print(f'step {step}: ended at each of {stop - 1} requests, {found[-1]} from number {turn + 1} on')
+'''
+
+@pytest.mark.skipif(sys.platform != 'linux' or not shutil.which('cc'), reason='needs LD_PRELOAD and a C compiler')
+def test_ended_at_every_request_to_the_file_system(tmp_path):
+    "A real save (weights, optimiser, manifest) is ended at each of its system calls in turn, writes half done: a whole checkpoint is there after each"
+    (tmp_path/'shim.c').write_text(SHIM)
+    subprocess.run(['cc', '-shared', '-fPIC', '-O1', '-o', tmp_path/'shim.so', tmp_path/'shim.c', '-ldl'], check=True)
+    code = script('import ctypes, shutil\nkw |= dict(keep=1)', FAULTS)
+    r = subprocess.run([sys.executable, '-c', code, 'new', str(tmp_path/'run')], env=env(LD_PRELOAD=str(tmp_path/'shim.so')), capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0 and r.stdout.count('ended at each of') == 2, r.stdout + r.stderr
