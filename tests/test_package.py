@@ -104,3 +104,13 @@ def test_no_paths_of_a_machine():
         if f.endswith(('.png', '.svg')) or f == 'tests/test_package.py': continue
         text = re.sub(r'"image/png": "[^"]*"', '', (top/f).read_text(encoding='utf8', errors='ignore'))     # base64 may spell anything
         assert not re.search(r'/(home|Users|root|work|opt)/\w', text), f'{f} names a path of somebody\'s machine'
+
+@pytest.mark.parametrize('p', [p for p in notebooks if p.stem != 'index'], ids=lambda p: p.stem)
+def test_imports_stand_alone(p):
+    "Making the site runs every cell that holds an import, and nothing of what stands before it"
+    for kind,s in cells[p]:
+        if kind != 'code' or 'google.colab' in s: continue
+        body = ast.parse(re.sub(r'^(\s*)[%!].*', r'\1pass', s, flags=re.M)).body
+        if not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body): continue
+        odd = [n for n in body if not isinstance(n, (ast.Import, ast.ImportFrom)) and not ast.unparse(n).startswith('torch.')]
+        assert not odd, f'{p.name}: an import beside {ast.unparse(odd[0])[:80]}'
