@@ -8,7 +8,10 @@ top = Path(__file__).resolve().parents[1]
 env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(top), os.environ.get('PYTHONPATH', '')]), MPLBACKEND='Agg',
            ACCELERATE_USE_CPU='true')
 small = '--d_model 16 --n_layers 1 --context 32 --batch_size 4'.split()
-def command(which, *args): return [sys.executable, '-m', 'resnet_bk.cli', which, *args]
+TEXT = str(top/'resnet_bk/model.py') # a short text: the whole validation part is read at the end of each run
+def command(which, *args):
+    text = ['--corpus', TEXT] if which == 'train' and not {'--corpus', '--resume', '--help'} & set(args) else []
+    return [sys.executable, '-m', 'resnet_bk.cli', which, *text, *args]
 def run(which, *args, cwd=None, **kw):
     kw = dict(capture_output=True, text=True, env=env, cwd=cwd, timeout=300) | kw
     return subprocess.run(command(which, *args), **kw)
@@ -170,7 +173,7 @@ def test_damaged_weights(trained, tmp_path):
 
 def test_torchrun(tmp_path):
     "Two processes: one folder, one model, the losses of one process with the same global batch"
-    args = ['-m', 'resnet_bk.cli', 'train', '--steps', '20', '--quiet', *small]
+    args = command('train', '--steps', '20', '--quiet', *small)[1:]
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', *args], capture_output=True, text=True, cwd=tmp_path,
                        env=env | dict(OMP_NUM_THREADS='1'), timeout=300)
     assert r.returncode == 0, r.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 
 top = Path(__file__).resolve().parents[1]
 env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(top), str(top/'tests/outside'), os.environ.get('PYTHONPATH', '')]), MPLBACKEND='Agg', ACCELERATE_USE_CPU='true')
-args = '--use bk_outside --preset outside --d_model 16 --n_layers 2 --context 32 --batch_size 4 --steps 40 --checkpoint_every 10'.split()
+args = '--use bk_outside --preset outside --d_model 16 --n_layers 2 --context 32 --batch_size 4 --steps 40 --checkpoint_every 10'.split() + ['--corpus', str(top/'resnet_bk/model.py')]
 def start(which, *args, env=env): return subprocess.Popen([sys.executable, '-m', 'resnet_bk.cli', which, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 def good(*a, **k):
     p = start(*a, **k)
