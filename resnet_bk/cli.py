@@ -24,7 +24,7 @@ from pathlib import Path
 from .native import ready
 from .data import LMData, load_tokenizer
 from .model import ModelConfig, ResNetBK, load_parts
-from .learner import (CancelFit, Learner, LostProcess, OPTIONS, Option, PRESETS, Parallel, Tracker,
+from .learner import (Learner, LostProcess, OPTIONS, Option, PRESETS, Parallel, Tracker,
                                check_budget, peak_memory_mb, register_option, register_preset)
 from .checkpoints import newest_checkpoint, list_checkpoints
 from .stability import NumericalStabilityMonitor

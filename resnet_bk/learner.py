@@ -712,17 +712,18 @@ def fit(self:Learner,
     self._reset()
     budget = dict(steps=steps, epochs=epochs, minutes=minutes)
     if not (resume and all(v is None for v in budget.values())): budget = check_budget(**budget)
-    try:
-        with _signals(self):
+    with _signals(self):
+        try:
             self._begin(budget, resume)
             while not (self.done or self.interrupted): self.one_step()
-    except CancelFit as e: self.say(f'stopped at step {self.step}' + (f': {e}' if str(e) else ''))
-    except KeyboardInterrupt: self.interrupted = True
-    except BaseException as e:
-        self.error, lost = e, self._lost(e)
-        if lost is e: raise
-        raise lost from e
-    finally: self._end()
+        except CancelFit as e: self.say(f'stopped at step {self.step}' + (f': {e}' if str(e) else ''))
+        except KeyboardInterrupt: self.interrupted = True
+        except BaseException as e:
+            self.error, lost = e, self._lost(e)
+            if lost is e: raise
+            print(lost, file=sys.stderr, flush=True) # at once: the launcher is about to end this process too
+            raise lost from e
+        finally: self._end()
     return self
 
 @patch
