@@ -193,10 +193,7 @@ def _restore_weights(self:Learner, path, opt):
         if self.shard: self._scatter(load_file(path/'model.safetensors'), opt)
         else:
             load_model(self.model, path/'model.safetensors')
-            peaks = [g['initial_lr'] for g in self.opt.param_groups]
             self.opt.load_state_dict(opt)
-            # the learning rate is the learner's, not the checkpoint's
-            for g,lr in zip(self.opt.param_groups, peaks): g['initial_lr'] = lr
     except (RuntimeError, ValueError, KeyError) as e:
         raise ValueError(f'checkpoint {path.name} is of another model or optimiser: '
                          f'{" ".join(str(e).split())[:200]}') from e
