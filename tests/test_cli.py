@@ -79,6 +79,14 @@ def test_experts(tmp_path):
     assert (config['ffn'], config['ffn_kw']) == ('moe', {'num_experts': 4, 'top_k': 2})
     assert good('generate', 'bk_run', '--prompt', 'def f', '--n', '5', cwd=tmp_path).stdout.startswith('def f')
 
+def test_energy(tmp_path):
+    two = [*small, '--n_layers', '2']
+    r = good('train', '--steps', '8', '--mixer', 'physics', '--energy', '1e-4', *two, cwd=tmp_path)
+    assert 'energy drift: multiplier' in r.stdout
+    last = metrics(tmp_path/'bk_run')[-1]
+    assert last['energy_drift'] > 0 and last['lagrange_multiplier'] >= 0 and last['loss_energy'] > 0
+    assert good('generate', 'bk_run', '--prompt', 'def f', '--n', '5', cwd=tmp_path).stdout.startswith('def f')
+
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
 def test_stopped_saved_resumed(tmp_path, sig):
     "Ctrl-C and a scheduler: a checkpoint that can write, and a run that goes on"
@@ -139,7 +147,9 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path):
             ('train', ['--corpus', '', '--steps', '2'], 'corpus'), ('train', ['--prompt', '', '--steps', '2'], 'prompt is empty'),
             ('train', ['--preset', 'huge'], "no preset 'huge'"), ('train', ['--use', 'no_such_module'], '--use no_such_module'),
             ('train', ['--experts', '2', '--top_k', '3', '--steps', '2'], 'top_k'),
-            ('train', ['--experts', '2', '--ffn_mult', '3', '--steps', '2'], '--experts'))
+            ('train', ['--experts', '2', '--ffn_mult', '3', '--steps', '2'], '--experts'),
+            ('train', ['--energy', '0.1', '--steps', '2'], 'two or more PhysicsInformedBKLayers'),
+            ('train', ['--energy', '-1', '--steps', '2'], '--energy wants 0 or more'))
     r = subprocess.run([sys.executable, '-c', MISTAKES, json.dumps(cases)], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
     assert r.returncode == 0 and r.stdout.split('\n')[-2] == f'{len(cases)} refused', r.stdout + r.stderr
     assert set(tmp_path.iterdir()) == before

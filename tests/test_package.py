@@ -81,8 +81,10 @@ def test_every_notebook_shows_something():
     ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention BKFeatureMixer resolvent_attention'), ('fused_layers', 'fused_layer'), ('decoder', 'Decoder'),
     ('moe', 'SparseMoE AnalyticMoELayer AnalyticMoEFunction validate_analytic_gradients MoEResNetBKLayer'),
     ('gradients', 'BKCoreFunction GradBlendOptimizer GradBlendResult MixedPrecisionBKCoreFunction validate_mixed_precision_accuracy benchmark_mixed_precision BatchedAnalyticBKCoreFunction MemoryOptimizedBKCoreFunction profile_batched_gradient'),
+    ('dmd', 'dmd spectrum mode_amplitudes continuous hard_threshold optimized_dmd StreamingDMD StateBuffer monomials bumps'),
+    ('equilibrium', 'EquilibriumPropagationTrainer EquilibriumBKLayer EquilibriumNet EquilibriumLM EquilibriumPropagation KeepBounds TokenFields chain_solve chain_pivots chain_gap gap_bound chain_energy Relaxed'),
     ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
-    ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
+    ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('physics', 'PhysicsInformedBKLayer EnergyConstraint DualAscent SymplecticSGD leapfrog velocity wave_energy expect_energy prefix_response schrodinger_step energy_layers energy_drift physics_mixer'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
     ('learner', 'Learner TrainingMetrics Callback Parallel register_metric register_option'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate')])
 def test_promised_names(module, names):
     m = importlib.import_module(f'resnet_bk.{module}')
