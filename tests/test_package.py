@@ -82,6 +82,7 @@ def test_every_notebook_shows_something():
     ('moe', 'SparseMoE AnalyticMoELayer AnalyticMoEFunction validate_analytic_gradients MoEResNetBKLayer'),
     ('gradients', 'BKCoreFunction GradBlendOptimizer GradBlendResult MixedPrecisionBKCoreFunction validate_mixed_precision_accuracy benchmark_mixed_precision BatchedAnalyticBKCoreFunction MemoryOptimizedBKCoreFunction profile_batched_gradient'),
     ('dmd', 'dmd spectrum mode_amplitudes continuous hard_threshold optimized_dmd StreamingDMD StateBuffer monomials bumps'),
+    ('koopman', 'KoopmanOperator KoopmanResNetBKLayer KoopmanResNetBKBlock KoopmanLanguageModel HybridKoopmanTrainer KoopmanTraining koopman_tail koopman_terms koopman_weight'),
     ('equilibrium', 'EquilibriumPropagationTrainer EquilibriumBKLayer EquilibriumNet EquilibriumLM EquilibriumPropagation KeepBounds TokenFields chain_solve chain_pivots chain_gap gap_bound chain_energy Relaxed'),
     ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
     ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('physics', 'PhysicsInformedBKLayer EnergyConstraint DualAscent SymplecticSGD leapfrog velocity wave_energy expect_energy prefix_response schrodinger_step energy_layers energy_drift physics_mixer'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
