@@ -8,7 +8,7 @@ __all__ = ['WIDTHS', 'CALIBRATIONS', 'packed_size', 'pack', 'unpack', 'squeeze',
            'FactoredEmbedding', 'FactoredHead', 'factor_embedding', 'quantizable', 'second_moments', 'quantize',
            'bits_per_parameter', 'promised_bytes', 'FakeQuantizer', 'QAT', 'WeightAverage', 'QuantizedBKCore']
 
-# %% ../nbs/09_quantization.ipynb #196a325b
+# %% ../nbs/09_quantization.ipynb #21d06311
 import copy, lzma, math, numpy as np, torch
 from contextlib import contextmanager
 from torch import nn, Tensor
@@ -21,7 +21,7 @@ from .moe import ACTS, AnalyticMoELayer, SparseMoE, route
 from .model import CHANGES, ResNetBK, TiedHead
 from .learner import Callback
 
-# %% ../nbs/09_quantization.ipynb #f32a9103
+# %% ../nbs/09_quantization.ipynb #53e7eb24
 # width -> (bits stored for a code, largest code of a symmetric quantiser)
 WIDTHS = {8: (8., 127), 6: (6., 31), 4: (4., 7), 'ternary': (1.6, 1)}
 
@@ -55,14 +55,15 @@ def pack(codes:Tensor, # int8, any shape
     else: out = (q << np.arange(0, 8, bits, dtype=np.uint32)).sum(1)
     return torch.from_numpy(out.reshape(-1).astype(np.uint8))
 
-# %% ../nbs/09_quantization.ipynb #b8d8d1d2
+# %% ../nbs/09_quantization.ipynb #b7d2984d
 def unpack(data:Tensor, # (packed_size,) uint8
     bits, n:int,        # as for `pack`; how many codes
 )->Tensor:              # (n,) int8
     "The codes again. `ValueError` when there are too few or too many bytes, or a byte that no codes make."
     size, low = packed_size(n, bits), _range(bits)[0]
     if data.dtype != torch.uint8 or data.shape != (size,):
-        raise ValueError(f'{n} codes of width {bits} are ({size},) uint8; got {tuple(data.shape)} {data.dtype}')
+        got = f'{tuple(data.shape)} {data.dtype}'
+        raise ValueError(f'{n} codes of width {bits} are ({size},) uint8; got {got}')
     b = data.cpu().numpy().astype(np.uint32)
     if bits == 'ternary':
         if b.size and b.max() > 242: raise ValueError('five codes make a byte of at most 242; got one above')
@@ -73,7 +74,7 @@ def unpack(data:Tensor, # (packed_size,) uint8
     else: q = (b[:,None] >> np.arange(0, 8, bits, dtype=np.uint32)) & (2**bits - 1)
     return torch.from_numpy((q.reshape(-1)[:n].astype(np.int16) + low).astype(np.int8)).to(data.device)
 
-# %% ../nbs/09_quantization.ipynb #fab20d04
+# %% ../nbs/09_quantization.ipynb #23e5f412
 _FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
 
 def squeeze(codes:Tensor, # int8, any shape
@@ -81,7 +82,8 @@ def squeeze(codes:Tensor, # int8, any shape
 )->Tensor: # uint8
     "Codes through `lzma`: of 8 and 6 bits one in a byte, narrower ones packed."
     raw = (codes.detach().cpu().reshape(-1) if bits in (8, 6) else pack(codes, bits)).numpy().tobytes()
-    return torch.frombuffer(bytearray(lzma.compress(raw, lzma.FORMAT_RAW, filters=_FILTERS)), dtype=torch.uint8)
+    data = lzma.compress(raw, lzma.FORMAT_RAW, filters=_FILTERS)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 def unsqueeze(data:Tensor, bits, n:int)->Tensor: # (n,) int8
     "The codes again. `ValueError` for data that are cut short or damaged."
@@ -90,7 +92,8 @@ def unsqueeze(data:Tensor, bits, n:int)->Tensor: # (n,) int8
         d = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
         raw = d.decompress(data.cpu().numpy().tobytes(), max_length=size+1)
     except lzma.LZMAError as e: raise ValueError(f'damaged lzma data: {e}') from None
-    if len(raw) != size or not d.eof: raise ValueError(f'lzma data are cut short: want {size} bytes; got {len(raw)}')
+    if len(raw) != size or not d.eof:
+        raise ValueError(f'lzma data are cut short: want {size} bytes; got {len(raw)}')
     q = torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
     if bits not in (8, 6): return unpack(q, bits, n).to(data.device)
     q, (low, high) = q.view(torch.int8), _range(bits)
@@ -98,7 +101,7 @@ def unsqueeze(data:Tensor, bits, n:int)->Tensor: # (n,) int8
         raise ValueError(f'codes of width {bits} lie in {low} … {high}; got {q.min()} … {q.max()}')
     return q.to(data.device)
 
-# %% ../nbs/09_quantization.ipynb #ebb5d6e7
+# %% ../nbs/09_quantization.ipynb #9fedb15f
 def scale_value(k:Tensor)->Tensor: # float32
     "The scale that a byte stands for."
     return torch.exp2((40 - k.float())/8)
@@ -119,12 +122,13 @@ def choose_scales(
     how:str='mse',      # in `CALIBRATIONS`
     weight:Tensor=None, # (k,) importance of the columns' errors, for 'mse'
 )->Tensor:              # (n,) uint8; see `scale_value`
-    "A scale for each row. `ValueError` for weights that are not finite or larger than the widest scale can hold."
+    "A scale for each row. `ValueError` for weights that are not finite, or too large for the widest scale."
     if how not in CALIBRATIONS: raise ValueError(f'how: want one of {", ".join(CALIBRATIONS)}; got {how!r}')
     top, w = _width(bits)[1], w.detach().float()
     if not w.isfinite().all(): raise ValueError('weights that are not finite cannot be quantised')
     size = w.abs().amax(1) if w.shape[1] else w.new_zeros(len(w))
-    if (size > 32*top).any(): raise ValueError(f'weights up to {size.max():.3g}: at width {bits} at most {32*top}')
+    if (size > 32*top).any():
+        raise ValueError(f'weights up to {size.max():.3g}: at width {bits} at most {32*top}')
     if how == 'percentile': size = w.abs().quantile(.999, 1)
     k = _byte(size/top)
     if how != 'mse': return k
@@ -137,7 +141,7 @@ def choose_scales(
         found, best = torch.where(e < best, at, found), torch.minimum(e, best)
     return found
 
-# %% ../nbs/09_quantization.ipynb #2a26f214
+# %% ../nbs/09_quantization.ipynb #9f21a63a
 def error_feedback(
     w:Tensor,      # (n, k) weights
     H:Tensor,      # (k, k) Σ x xᵀ of the inputs
@@ -159,7 +163,7 @@ def error_feedback(
         w[:,j+1:] -= e[:,None]*U[j,j+1:]
     return q
 
-# %% ../nbs/09_quantization.ipynb #15be3e5d
+# %% ../nbs/09_quantization.ipynb #c03582bf
 class PackedTensor(nn.Module):
     "A matrix as packed codes and a scale for each row. Without `codes` it is empty, to be loaded."
     def __init__(self, shape, bits, squeezed=False, codes:Tensor=None, scale:Tensor=None, scale_bits:int=8):
@@ -193,7 +197,7 @@ class PackedTensor(nn.Module):
         how = ', lzma' if self.squeezed else ''
         return f'{self.shape[0]}×{self.shape[1]}, {self.bits} bits{how}'
 
-# %% ../nbs/09_quantization.ipynb #29eddc6c
+# %% ../nbs/09_quantization.ipynb #11cadbb6
 @patch
 def _load_from_state_dict(self:PackedTensor, state, prefix, meta, strict, missing, unexpected, errors):
     "A buffer of any length, if it holds the right number of codes."
@@ -211,7 +215,7 @@ def _load_from_state_dict(self:PackedTensor, state, prefix, meta, strict, missin
 @patch
 def __getstate__(self:PackedTensor): return dict(self.__dict__, _codes=None)
 
-# %% ../nbs/09_quantization.ipynb #4c54f249
+# %% ../nbs/09_quantization.ipynb #092a4ad0
 class QuantizedLinear(nn.Module):
     "`nn.Linear` with packed weights; `weight` is made when it is asked for."
     def __init__(self, packed:PackedTensor, bias:Tensor=None):
@@ -243,7 +247,7 @@ class QuantizedMoE(SparseMoE):
     @property
     def w2(self): return self.packed2().unflatten(0, (self.num_experts, -1)).mT  # (E, H, D)
 
-# %% ../nbs/09_quantization.ipynb #e816c96f
+# %% ../nbs/09_quantization.ipynb #4f8b0a1e
 class FactoredEmbedding(nn.Module):
     "An embedding `A B`: a table A of V×r, a matrix B of r×D."
     def __init__(self, vocab_size:int, rank:int, d_model:int, std:float=1.):
@@ -272,7 +276,7 @@ def _factored(model, rank:int):
     model.head = FactoredHead(model.embed)
     model.head.bias = bias
 
-# %% ../nbs/09_quantization.ipynb #20a72b24
+# %% ../nbs/09_quantization.ipynb #e2862114
 @torch.no_grad()
 def factor_embedding(
     model:ResNetBK, # tied, changed in place
@@ -292,7 +296,7 @@ def factor_embedding(
     model.note_change('factored', rank=rank)
     return model
 
-# %% ../nbs/09_quantization.ipynb #028182ba
+# %% ../nbs/09_quantization.ipynb #2f612952
 def _kinds(m): # of what `quantize` replaces
     if isinstance(m, (QuantizedMoE, TiedHead)): return None
     return next((k for k in (SparseMoE, nn.Embedding, nn.Linear) if isinstance(m, k)), None)
@@ -332,7 +336,7 @@ def _bits_of(name, bits): # the longest beginning of the name that `bits` has
     fits = [p for p in bits if name == p or name.startswith(p + '.') or not p]
     return bits[max(fits, key=len)] if fits else None
 
-# %% ../nbs/09_quantization.ipynb #62d2df50
+# %% ../nbs/09_quantization.ipynb #cc279b78
 def _moment(x):
     x = x.detach().flatten(0, -2).float()
     return x.T @ x
@@ -348,6 +352,9 @@ def _expert_moments(m, x): # (E·D, D) and (E·H, H), stacked like the matrices
         second.append(h.T @ h)
     return first, second
 
+def _at_gradient(y, f): # a hook must return None here
+    if y.requires_grad: y.register_hook(lambda g: f(g))
+
 @contextmanager
 def _watching(model, parts, add): # every part's second moments, as they come by
     hooks = []
@@ -361,12 +368,12 @@ def _watching(model, parts, add): # every part's second moments, as they come by
             elif isinstance(model.head, FactoredHead) and m is model.embed.table:
                 on(model.head, lambda h, a, y, n=n: add(n, [_moment(a[0] @ model.embed.up.weight)]))
             else:
-                on(m, lambda m, a, y, n=n: y.requires_grad and y.register_hook(lambda g: add(n, [_moment(g)])))
+                on(m, lambda m, a, y, n=n: _at_gradient(y, lambda g: add(n, [_moment(g)])))
         yield
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/09_quantization.ipynb #dc3ce366
+# %% ../nbs/09_quantization.ipynb #7cc4df5e
 def second_moments(
     model:ResNetBK,
     batches,   # of (tokens, targets), a few
@@ -374,7 +381,7 @@ def second_moments(
 )->dict:       # name → list of lists of (k, k): a matrix for each expert, for each matrix of a part
     "What error feedback wants to know. `ValueError` when there are no batches."
     parts, found, was, n = quantizable(model) if parts is None else parts, {}, model.training, 0
-    device = next(model.parameters()).device
+    device, ps = next(model.parameters()).device, [p for p in model.parameters() if p.requires_grad]
     def add(name, *moments):
         old = found.get(name)
         found[name] = [[a + b for a,b in zip(*p)] for p in zip(old, moments)] if old else list(moments)
@@ -384,12 +391,12 @@ def second_moments(
             for x,y in batches:
                 n += 1
                 loss = F.cross_entropy(model(x.to(device)).flatten(0, 1), y.to(device).flatten())
-                torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+                torch.autograd.grad(loss, ps, allow_unused=True)
     finally: model.train(was)
     if not n: raise ValueError('second moments want at least one batch; got none')
     return found
 
-# %% ../nbs/09_quantization.ipynb #3b1f34ba
+# %% ../nbs/09_quantization.ipynb #703de79a
 def _torchao(what):
     try:
         import torchao.quantization as q
@@ -397,8 +404,8 @@ def _torchao(what):
         from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
     except ImportError:
         raise ImportError(f"{what} wants torchao: pip install 'resnet_bk[compression]'") from None
-    return q, lambda bits: IntxFakeQuantizer(IntxFakeQuantizeConfig(getattr(torch, f'int{bits}'), 'per_channel',
-                                                                    is_symmetric=True))
+    config = lambda b: IntxFakeQuantizeConfig(getattr(torch, f'int{b}'), 'per_channel', is_symmetric=True)
+    return q, lambda bits: IntxFakeQuantizer(config(bits))
 
 def _by_torchao(w, bits): # codes, scale
     if bits == 'ternary': raise ValueError('torchao has no ternary weights; take how="mse"')
@@ -413,7 +420,7 @@ def _by_torchao(w, bits): # codes, scale
     s = f.scale.flatten()
     return (y/s[:,None]).round().to(torch.int8), s
 
-# %% ../nbs/09_quantization.ipynb #84b83cee
+# %% ../nbs/09_quantization.ipynb #f08fd10c
 def _codes(w, bits, how, H, scale_bits): # of one matrix: codes, scale
     if how == 'torchao': return _by_torchao(w, bits)
     weight = None if H is None or len(H) > 1 else H[0].diagonal()
@@ -453,7 +460,7 @@ def quantize(
     model.note_change('quantized', widths=widths, squeezed=squeezed, scale_bits=scale_bits)
     return model
 
-# %% ../nbs/09_quantization.ipynb #b704da30
+# %% ../nbs/09_quantization.ipynb #e335272b
 def bits_per_parameter(model:ResNetBK)->list: # of (name, numbers, bytes, bits per number)
     "What every tensor of a model costs in its file. A packed matrix is one line, its scales included."
     rows, packed = [], {n: m for n,m in model.named_modules() if isinstance(m, PackedTensor)}
@@ -464,7 +471,7 @@ def bits_per_parameter(model:ResNetBK)->list: # of (name, numbers, bytes, bits p
     return [(n, k, b, 8*b/max(k, 1)) for n,k,b in rows]
 
 def promised_bytes(model:ResNetBK)->float:
-    "Bytes by the widths in the config alone: bits of the codes, scales, float32 for the rest; without `lzma`."
+    "Bytes by the widths in the config: bits of the codes, scales, float32 for the rest; without `lzma`."
     total = 0.
     packed = {n: m for n,m in model.named_modules() if isinstance(m, PackedTensor)}
     for n,t in model.state_dict().items():
@@ -473,18 +480,20 @@ def promised_bytes(model:ResNetBK)->float:
         total += (math.prod(m.shape)*_width(m.bits)[0] + m.shape[0]*8*m.scale.element_size())/8
     return total
 
-# %% ../nbs/09_quantization.ipynb #2d602902
+# %% ../nbs/09_quantization.ipynb #3a0a30ec
 class FakeQuantizer:
     "Rounds a weight to what `quantize` will make of it; the gradient goes straight through."
     def __init__(self, bits, how:str='mse', experts=False, engine:str='own'):
         _width(bits)
-        if engine not in ('own', 'torchao'): raise ValueError(f"engine: want 'own' or 'torchao'; got {engine!r}")
+        if engine not in ('own', 'torchao'):
+            raise ValueError(f"engine: want 'own' or 'torchao'; got {engine!r}")
         if engine == 'torchao' and bits == 'ternary': raise ValueError("ternary weights want engine='own'")
         self.theirs = _torchao("engine='torchao'")[1](bits) if engine == 'torchao' else None
         self.bits, self.how, self.experts, self.scale = bits, how, experts, None
 
     def refresh(self, w): # scales for the weights as they are now
-        if self.theirs is None: self.scale = scale_value(choose_scales(self._rows(w), self.bits, self.how))[:,None]
+        if self.theirs is not None: return
+        self.scale = scale_value(choose_scales(self._rows(w), self.bits, self.how))[:,None]
 
     def _rows(self, w): return w.mT.flatten(0, 1) if self.experts else w
 
@@ -497,7 +506,8 @@ class FakeQuantizer:
         return r.unflatten(0, (len(w), -1)).mT if self.experts else r
 
 class QAT(Callback):
-    "Quantisation-aware training of all that `quantize` would pack. `ValueError` for a model with nothing to pack."
+    """Quantisation-aware training of all that `quantize` would pack. `ValueError` for a model with nothing
+    to pack."""
     def __init__(self, bits=8, how:str='mse', every:int=20, least:int=1024, engine:str='own'):
         store_attr()
         for b in bits.values() if isinstance(bits, dict) else [bits]: FakeQuantizer(b, engine=engine)
@@ -530,9 +540,10 @@ class QAT(Callback):
         with torch.no_grad():
             for n,q in self.quantizers.items(): q.refresh(ps[n])
 
-# %% ../nbs/09_quantization.ipynb #d0add1f2
+# %% ../nbs/09_quantization.ipynb #301ed969
 class WeightAverage(Callback):
-    "At the end of a complete run the weights become their exponential average. `ValueError` for a decay outside (0, 1)."
+    """At the end of a complete run the weights become their exponential average. `ValueError` for a decay
+    outside (0, 1)."""
     def __init__(self, decay:float=.99):
         if not 0 < decay < 1: raise ValueError(f'decay: want a number between 0 and 1; got {decay!r}')
         self.decay, self.average, self.n = decay, None, 0
@@ -543,8 +554,8 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def after_step(self):
         if self.learn.skipped: return
-        self.n += 1
         d = min(self.decay, self.n/(self.n + 9))                  # at first a plain mean
+        self.n += 1
         for k,p in self.learn.model.named_parameters(): self.average[k].lerp_(p.to(self.average[k]), 1 - d)
 
     @torch.no_grad()
@@ -557,7 +568,7 @@ class WeightAverage(Callback):
         self.n, dev = d['n'], self.learn.device
         self.average = {k: v.to(dev) for k,v in d['average'].items()}
 
-# %% ../nbs/09_quantization.ipynb #456a1070
+# %% ../nbs/09_quantization.ipynb #ba25ddb1
 class QuantizedBKCore(nn.Module):
     """Diagonal of the resolvent with int8 potential and int8 features: (B, N) → (B, N, 2), or (B, N, C) →
     (B, N, C, 2). `ValueError` before `calibrate_quantization`, and for another shape."""
@@ -588,7 +599,7 @@ class QuantizedBKCore(nn.Module):
 
     def _features(self, v): return torch.view_as_real(resolvent_diag(v, self.z, causal=self.causal))
 
-# %% ../nbs/09_quantization.ipynb #0456ac85
+# %% ../nbs/09_quantization.ipynb #1d3e4848
 def _scale_of(x, top, how): # (samples, C) → (C,) float32
     size = x.abs().amax(0)
     if how == 'percentile': size = x.abs().quantile(.999, 0)
@@ -608,7 +619,8 @@ def calibrate_quantization(self:QuantizedBKCore,
     "Scales of potential and features, a channel each, from sample potentials."
     if how not in CALIBRATIONS: raise ValueError(f'how: want one of {", ".join(CALIBRATIONS)}; got {how!r}')
     v = self._shaped(v_samples, 'v_samples').float()
-    if not v.numel() or not v.isfinite().all(): raise ValueError('v_samples: want finite samples, at least one')
+    if not v.numel() or not v.isfinite().all():
+        raise ValueError('v_samples: want finite samples, at least one')
     G = self._features(v)
     self.v_scale.copy_(_scale_of(v.flatten(0, 1), self.top, how))
     self.G_scale.copy_(_scale_of(G.flatten(0, 1).flatten(1), self.top, how).view(-1, 2))
@@ -624,6 +636,8 @@ def forward(self:QuantizedBKCore, v:Tensor)->Tensor:
     if not (self.v_scale > 0).all(): raise ValueError('calibrate_quantization has to be called first')
     squeeze, v = self.channels is None, self._shaped(v)
     dtype, v = v.dtype, v.float()
-    rounded = lambda x, s: x + (self.encode(x.detach(), s)*s - x).detach() if self.training else self.encode(x, s)*s
+    def rounded(x, s):
+        y = self.encode(x.detach(), s)*s
+        return x + (y - x).detach() if self.training else y
     G = rounded(self._features(rounded(v, self.v_scale)), self.G_scale).to(dtype)
     return G[...,0,:] if squeeze else G
