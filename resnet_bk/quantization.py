@@ -9,16 +9,15 @@ __all__ = ['WIDTHS', 'CALIBRATIONS', 'packed_size', 'pack', 'unpack', 'squeeze',
            'bits_per_parameter', 'promised_bytes', 'FakeQuantizer', 'QAT', 'WeightAverage', 'QuantizedBKCore']
 
 # %% ../nbs/09_quantization.ipynb #21d06311
-import copy, lzma, math, numpy as np, torch
+import lzma, math, numpy as np, torch
 from contextlib import contextmanager
 from torch import nn, Tensor
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch, store_attr
 from .bk_core import resolvent_diag
 from .moe import ACTS, AnalyticMoELayer, SparseMoE, route
 from .model import CHANGES, ResNetBK, TiedHead
+from .decoder import EXPERTS, HEADS, TABLES, WEIGHTS, _rows_of, _wide
 from .learner import Callback
 
 # %% ../nbs/09_quantization.ipynb #53e7eb24
@@ -321,6 +320,7 @@ def _packed(m, tensors): # the part that takes its place
 def _put(model, name, part):
     where, _, last = name.rpartition('.')
     setattr(model.get_submodule(where), last, part.train(model.training))
+    if name == 'embed' and isinstance(model.head, TiedHead): model.head.follow(model.embed)
 
 @CHANGES.register('quantized')
 def _quantized(model, widths:dict, squeezed:bool=False, scale_bits:int=8):
@@ -459,6 +459,22 @@ def quantize(
     for n,part in made.items(): _put(model, n, part.to(next(model.parameters()).device))
     model.note_change('quantized', widths=widths, squeezed=squeezed, scale_bits=scale_bits)
     return model
+
+# %% ../nbs/09_quantization.ipynb #d26ca672
+WEIGHTS[QuantizedLinear] = TABLES[QuantizedEmbedding] = lambda m: (m.packed.codes(), m.packed.scales())
+
+def _expert_codes(m):
+    each = lambda p: (p.codes().unflatten(0, (m.num_experts, -1)).mT, p.scales().view(m.num_experts, -1))
+    return *each(m.packed1), *each(m.packed2)
+EXPERTS[QuantizedMoE] = _expert_codes
+
+def _factored_logits(p, model, xn): # two matvecs
+    e = model.embed
+    down = _wide(_rows_of(e.up).floats().T, 0)
+    h = p.matvec(down, xn, 1, -(-model.config.d_model//16)*16)
+    table = _rows_of(e.table, TABLES).arranged(lambda w: _wide(w, 0))
+    return p.matvec(table, h, 0, len(down), bias=model.head.bias)
+TABLES[FactoredEmbedding], HEADS[FactoredHead] = lambda m: (m.weight, None), _factored_logits
 
 # %% ../nbs/09_quantization.ipynb #e335272b
 def bits_per_parameter(model:ResNetBK)->list: # of (name, numbers, bytes, bits per number)
