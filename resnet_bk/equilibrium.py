@@ -407,6 +407,7 @@ def relax(self:EquilibriumNet, x, y=None, beta=None, start=None, sweeps=None, to
         if not left > (tol or self.tol): break
     return Relaxed(state, left, k+1)
 
+# %% ../nbs/08b_equilibrium.ipynb #fa92f39e
 @patch
 def forward(self:EquilibriumNet, x)->Tensor: # (..., n_out) logits
     return self.answer(_sound(self.relax(x), self.tol), x)
