@@ -374,6 +374,15 @@ def _sweep(self:EquilibriumNet, blocks, state, y, beta): # every block once, in 
     return tuple(new)
 
 # %% ../nbs/08b_equilibrium.ipynb #2f14da60
+@torch.no_grad()
+def _moved(new, old, start): return (new - old).abs().max().item()
+
+@torch.no_grad()
+def _moved_of(new, old, start): # as a share of the way from the start; rounding is not a move
+    moved = (new - old).norm().item()
+    if moved <= 4*torch.finfo(new.dtype).eps*new.norm().item(): return 0.
+    return moved/(new - start).norm().item()
+
 @patch
 def relax(self:EquilibriumNet, x, y=None, beta=None, start=None, sweeps=None, tol=None)->Relaxed:
     """Sweep until no state moves by more than `tol`, at most `sweeps` times. `ValueError` for targets that do
@@ -393,11 +402,12 @@ def relax(self:EquilibriumNet, x, y=None, beta=None, start=None, sweeps=None, to
         beta = beta[:, None, None]
     for k in range(sweeps or self.sweeps):
         new = self._sweep(blocks, state, y, beta)
-        moved = max((a - b).detach().abs().max().item() for a,b in zip(new, state))
+        left = max(map(_moved if beta is None or start is None else _moved_of, new, state, start or new))
         state = new
-        if not moved > (tol or self.tol): break
-    return Relaxed(state, moved, k+1)
+        if not left > (tol or self.tol): break
+    return Relaxed(state, left, k+1)
 
+# %% ../nbs/08b_equilibrium.ipynb #fa92f39e
 @patch
 def forward(self:EquilibriumNet, x)->Tensor: # (..., n_out) logits
     return self.answer(_sound(self.relax(x), self.tol), x)
@@ -487,7 +497,7 @@ class KeepBounds(Callback):
 class EquilibriumPropagation(Callback):
     """Gradients by `EquilibriumPropagationTrainer` instead of backprop. One process, full precision, and no
     loss but the model's cost; else `ValueError`."""
-    def __init__(self, beta:float=.1, n_relax_steps:int=30, points:int=2, tol:float=1e-3):
+    def __init__(self, beta:float=.01, n_relax_steps:int=30, points:int=2, tol:float=1e-3):
         self.kw = dict(beta=beta, n_relax_steps=n_relax_steps, points=points, tol=tol)
     def before_prepare(self):
         self.trainer = EquilibriumPropagationTrainer(self.learn.model, opt=False, **self.kw)
