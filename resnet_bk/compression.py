@@ -161,6 +161,7 @@ def _distill(pipe, steps:int=None, alpha:float=.5, lr:float=3e-3, rank:int=None,
     model.files = dict(pipe.model.files)
     return pipe.train(model, (), steps, alpha, lr)
 
+# %% ../nbs/09d_compression.ipynb #dcfddc87
 @STAGES.register('factor')
 def _factor(pipe, rank:int, steps:int=None, alpha:float=.5):
     "The embedding of a tied model as a product of rank `rank`, then recovery."

@@ -713,7 +713,7 @@ static void expert(const Decode& d, const Expert& o) {
 CPP_DECODE
 
 # %% ../nbs/04b_decoder.ipynb #d8960082
-# type of a mixture of experts -> function(module): w1 (E, D, H), its scale (E, H) or None, w2 (E, H, D), its scale
+# type of a mixture of experts -> function(module): w1 (E, D, H), scale (E, H) or None, w2 (E, H, D), scale
 EXPERTS = {t: lambda m: (m.w1, None, m.w2, None) for t in (SparseMoE, AnalyticMoELayer)}
 
 def _pack_experts(p, m, x, xn, D):

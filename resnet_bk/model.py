@@ -365,7 +365,8 @@ def forward(self:ResNetBK,
     if hidden is not None: hidden.clear()
     if self.config.tie: # logits need small embeddings, blocks need tokens of size one
         h = F.layer_norm(h, h.shape[-1:])
-        if isinstance(self.head, TiedHead) and self.head._of[0] is not self.embed: self.head.follow(self.embed)
+        tied = isinstance(self.head, TiedHead)
+        if tied and self.head._of[0] is not self.embed: self.head.follow(self.embed)
     for i,b in enumerate(self.blocks):
         args = (h, None if state is None else state[i], cut, return_state)
         h = _recomputed(b, args) if self.config.recompute and torch.is_grad_enabled() else b(*args)

@@ -521,6 +521,7 @@ class FakeQuantizer:
             r = r + (self.scale*round_to(r, self.scale, self.bits) - r).detach()
         return r.unflatten(0, (len(w), -1)).mT if self.experts else r
 
+# %% ../nbs/09_quantization.ipynb #b62b6a99
 class QAT(Callback):
     """Quantisation-aware training of all that `quantize` would pack. `ValueError` for a model with nothing
     to pack."""

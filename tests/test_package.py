@@ -84,9 +84,13 @@ def test_every_notebook_shows_something():
     ('dmd', 'dmd spectrum mode_amplitudes continuous hard_threshold optimized_dmd StreamingDMD StateBuffer monomials bumps'),
     ('koopman', 'KoopmanOperator KoopmanResNetBKLayer KoopmanResNetBKBlock KoopmanLanguageModel HybridKoopmanTrainer KoopmanTraining koopman_tail koopman_terms koopman_weight'),
     ('equilibrium', 'EquilibriumPropagationTrainer EquilibriumBKLayer EquilibriumNet EquilibriumLM EquilibriumPropagation KeepBounds TokenFields chain_solve chain_pivots chain_gap gap_bound chain_energy Relaxed'),
+    ('quantization', 'pack unpack squeeze unsqueeze choose_scales error_feedback PackedTensor QuantizedLinear QuantizedEmbedding QuantizedMoE quantize second_moments FactoredEmbedding factor_embedding QAT WeightAverage QuantizedBKCore bits_per_parameter promised_bytes'),
+    ('pruning', 'prunable importance choose prune Pruning PrunedMoELayer prune_optimizer kept_share measure_energy unit_costs'),
+    ('distillation', 'distillation_loss feature_loss layer_map Distillation DistillationTrainer adapt_teacher compare_alone load_teacher'),
+    ('compression', 'CompressionPipeline Loaders plan report plot_pareto n_weights bytes_on_disk speed'),
     ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
     ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('physics', 'PhysicsInformedBKLayer EnergyConstraint DualAscent SymplecticSGD leapfrog velocity wave_energy expect_energy prefix_response schrodinger_step energy_layers energy_drift physics_mixer'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
-    ('learner', 'Learner TrainingMetrics Callback Parallel register_metric register_option'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate')])
+    ('learner', 'Learner TrainingMetrics Callback Parallel register_metric register_option'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate bk_compress')])
 def test_promised_names(module, names):
     m = importlib.import_module(f'resnet_bk.{module}')
     for n in names.split(): assert (getattr(m, n).__doc__ or '').strip(), f'{module}.{n} is missing or undocumented'
