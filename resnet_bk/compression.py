@@ -241,6 +241,7 @@ def measure(self:CompressionPipeline, stage, model, seconds=0.)->dict: # a row o
     return dict(stage=stage, bytes=bytes_on_disk(model), parameters=n_weights(model), nats=valid['nats'],
                 ppl=valid['ppl'], bpb=valid.get('bpb'), seconds=seconds, **speed(model, x))
 
+# %% ../nbs/09d_compression.ipynb #b7e1f6d4
 @patch
 def run_pipeline(self:CompressionPipeline,
     train_loader,    # an `LMData`, or a loader of (x, y)
@@ -270,6 +271,7 @@ def run_pipeline(self:CompressionPipeline,
         self._keep(row, model)
     return self.model, self.metrics()
 
+# %% ../nbs/09d_compression.ipynb #15a427b0
 @patch
 def _keep(self:CompressionPipeline, row, model):
     self.model = model

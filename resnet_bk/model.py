@@ -382,7 +382,7 @@ ResNetBK.forward = forward
 # %% ../nbs/04_model.ipynb #d70c5139
 @patch
 def note_change(self:ResNetBK, name:str, **kwargs):
-    "Add a change, which has just been made to this model, to its config. `ValueError` if there is no such change."
+    "Add a change, which was just made to this model, to its config. `ValueError` if there is no such change."
     self._use(replace(self.config, changes=(*self.config.changes, (name, kwargs))))
 
 # %% ../nbs/04_model.ipynb #56abd5d9

@@ -322,6 +322,7 @@ def _put(model, name, part):
     setattr(model.get_submodule(where), last, part.train(model.training))
     if name == 'embed' and isinstance(model.head, TiedHead): model.head.follow(model.embed)
 
+# %% ../nbs/09_quantization.ipynb #533f17f9
 @CHANGES.register('quantized')
 def _quantized(model, widths:dict, squeezed:bool=False, scale_bits:int=8):
     parts = quantizable(model, 0)
@@ -643,6 +644,7 @@ def calibrate_quantization(self:QuantizedBKCore,
     self.G_scale.copy_(_scale_of(G.flatten(0, 1).flatten(1), self.top, how).view(-1, 2))
     return self
 
+# %% ../nbs/09_quantization.ipynb #0228a118
 @patch
 def encode(self:QuantizedBKCore, x:Tensor, s:Tensor)->Tensor: # int8
     "Codes of a potential (`v_scale`) or of features (`G_scale`)."
