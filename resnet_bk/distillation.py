@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'token_distillation', 'distillation_loss', 'feature_loss', 'layer_map', 'FeatureTap', 'adapt_teacher',
            'Distillation', 'DistillationTrainer', 'Comparison', 'compare_alone', 'load_teacher']
 
-# %% ../nbs/09c_distillation.ipynb #77cdd6a5
+# %% ../nbs/09c_distillation.ipynb #c23bac27
 import copy, json, math, sys, time
 import torch
 from contextlib import contextmanager, redirect_stdout
@@ -24,7 +24,7 @@ from .learner import rng_state, set_rng_state, set_seed
 from .checkpoints import newest_checkpoint
 from .equilibrium import paired_interval
 
-# %% ../nbs/09c_distillation.ipynb #c8969d56
+# %% ../nbs/09c_distillation.ipynb #6bab02c9
 def _pieces(logits): # slices of rows with about a million logits each
     rows = max(1, 2**20//max(1, logits.shape[-1]))
     return [slice(i, i + rows) for i in range(0, len(logits), rows)]
@@ -36,15 +36,16 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, targets, T): # (M, V), (M, V), (M,)
         ctx.save_for_backward(student, teacher, targets)
-        ctx.T, soft, hard = T, [], []
+        ctx.T, low = T, torch.finfo(torch.float32).min
+        soft, hard = (_wide(student[:0]).new_zeros(len(student)) for _ in range(2))
         for at in _pieces(student):
-            s, t, low = _wide(student[at]), _wide(teacher[at]), torch.finfo(torch.float32).min
+            s, t = _wide(student[at]), _wide(teacher[at])
             log_q, log_p = (s/T).log_softmax(-1), (t/T).log_softmax(-1)
             # a logit of -inf: 0 · log 0 is 0
             kl = log_p.exp().mul_(log_p.clamp_(min=low).sub_(log_q.clamp_(min=low))).sum(-1)
-            soft.append(T*T*kl.masked_fill(targets[at] == -100, 0.))
-            hard.append(F.cross_entropy(s, targets[at], reduction='none', ignore_index=-100))
-        return torch.cat(soft or [_wide(student).sum(-1)]), torch.cat(hard or [_wide(student).sum(-1)])
+            soft[at] = T*T*kl.masked_fill(targets[at] == -100, 0.)
+            hard[at] = F.cross_entropy(s, targets[at], reduction='none', ignore_index=-100)
+        return soft, hard
 
     @staticmethod
     @once_differentiable
@@ -59,7 +60,7 @@ class _TokenLosses(torch.autograd.Function):
             grad[at] = d.add_(h)
         return grad, None, None, None
 
-# %% ../nbs/09c_distillation.ipynb #86f69d15
+# %% ../nbs/09c_distillation.ipynb #f2e4a20d
 def _check_loss(temperature, alpha=0.):
     if not 0 < temperature < math.inf:
         raise ValueError(f'temperature wants a number above 0; got {temperature}')
@@ -94,7 +95,7 @@ def distillation_loss(
     soft, hard = (l.sum()/n for l in token_distillation(student, teacher, targets, temperature))
     return alpha*soft + (1 - alpha)*hard, soft, hard
 
-# %% ../nbs/09c_distillation.ipynb #4d810675
+# %% ../nbs/09c_distillation.ipynb #368c697e
 def _best_map(S, T, ridge): # the (D_s, D_t) from S (M, D_s) to T (M, D_t), by least squares in float64
     S, T = S.detach().double(), T.double()
     A = S.mT @ S
@@ -124,7 +125,7 @@ def feature_loss(
             S = S @ _best_map(S, T, ridge).to(S)
         return (S - T).square().sum()/centred.square().sum().clamp(min=1e-12)
 
-# %% ../nbs/09c_distillation.ipynb #47f95c2b
+# %% ../nbs/09c_distillation.ipynb #6467adbc
 def layer_map(
     n_student:int, n_teacher:int, # blocks
     layers=None, # the student's blocks that look; or a dict, student's block -> teacher's; None: all
@@ -140,7 +141,7 @@ def layer_map(
     if not pairs: raise ValueError('the layer map is empty: name one block or more')
     return pairs
 
-# %% ../nbs/09c_distillation.ipynb #43bbb6a3
+# %% ../nbs/09c_distillation.ipynb #9cf538dd
 FEATURES = 'mixer', 'resolvent', 'hidden'
 
 def _blocks(model, who='model'):
@@ -180,19 +181,19 @@ class FeatureTap:
         for f in self.off: f()
         self.got, self.off = {}, []
 
-# %% ../nbs/09c_distillation.ipynb #814a92e3
+# %% ../nbs/09c_distillation.ipynb #f5484328
 @patch
 def _before_projection(self:FeatureTap, i, mixer):
     inner = [m for m in mixer.modules() if isinstance(getattr(m, 'out_proj', None), nn.Module)]
     if not inner: raise ValueError(f"{type(mixer).__name__} has no out_proj; features='mixer' needs none")
     for n,m in enumerate(inner):
         def hook(_, args, n=n): self.got.setdefault(i, [None]*len(inner))[n] = args[0].flatten(2)
-        def unfused(m=m, was=m.__dict__.get('fused')): # the kernels never write what is wanted
+        def unfused(m=m, was=m.__dict__.get('fused')): # a kernel would pass the projection by
             m.__dict__.pop('fused', None) if was is None else setattr(m, 'fused', was)
         self.off += [m.out_proj.register_forward_pre_hook(hook).remove, unfused]
         m.fused = False
 
-# %% ../nbs/09c_distillation.ipynb #b2dcc0c7
+# %% ../nbs/09c_distillation.ipynb #6784c52a
 def adapt_teacher(
     teacher:nn.Module, # (B, N) tokens -> (B, N, V) logits; it stays as it is
     data,              # an `LMData`, the text of the student; its position stays as it is
@@ -212,7 +213,7 @@ def adapt_teacher(
         set_rng_state(rng)
     return copied.eval()
 
-# %% ../nbs/09c_distillation.ipynb #6fd933c8
+# %% ../nbs/09c_distillation.ipynb #ebadfdfd
 def _size(model): return sum(p.numel() for p in model.parameters())
 
 def _check_pair(teacher, student, allow_larger=False):
@@ -224,7 +225,8 @@ def _check_pair(teacher, student, allow_larger=False):
                          f'the teacher has {a} tokens, the student {b}')
     if _size(student) > _size(teacher) and not allow_larger:
         raise ValueError(f'the student has {_size(student):,} parameters, more than its teacher with '
-                         f'{_size(teacher):,}; allow_larger=True if that is what you want')
+                         f'{_size(teacher):,}; allow_larger=True '
+                         '(--distill_larger) if that is what you want')
 
 def _check_tokenizer(teacher, data):
     own, tok = getattr(teacher, 'files', {}).get('tokenizer.json'), getattr(data, 'tokenizer', None)
@@ -232,7 +234,7 @@ def _check_tokenizer(teacher, data):
         raise ValueError('the teacher was trained with another tokenizer than that of the data: '
                          'its token ids mean other text')
 
-# %% ../nbs/09c_distillation.ipynb #d65b0a49
+# %% ../nbs/09c_distillation.ipynb #1062fb33
 class Distillation(Callback):
     """Trains the learner's model as a student: α T² KL to the teacher + (1 − α) of the learner's loss, and
     `feature_weight` times `feature_loss`, mean over the pairs of blocks. Logs `loss_soft` and `loss_feature`.
@@ -271,7 +273,7 @@ class Distillation(Callback):
         return [FeatureTap(m, {p[k] for p in self.pairs}, self.features)
                 for k,m in enumerate((student, self.teacher))]
 
-# %% ../nbs/09c_distillation.ipynb #ca91f23a
+# %% ../nbs/09c_distillation.ipynb #a68eac3f
 @patch
 @contextmanager
 def teaching(self:Distillation, student:nn.Module, device=None):
@@ -300,7 +302,7 @@ def feature_loss(self:Distillation)->Tensor: # ()
     mine, theirs = ({i: t.take(i) for i in list(t.got)} for t in self._taps)
     return torch.stack([feature_loss(mine[i], theirs[j], self.project) for i,j in self.pairs]).mean()
 
-# %% ../nbs/09c_distillation.ipynb #53d1db21
+# %% ../nbs/09c_distillation.ipynb #ab921abb
 @patch
 def before_prepare(self:Distillation): self.check(self.learn.model, self.learn.data)
 
@@ -324,7 +326,7 @@ def after_fit(self:Distillation):
     self._open.__exit__(None, None, None)
     del self._open
 
-# %% ../nbs/09c_distillation.ipynb #10b17c15
+# %% ../nbs/09c_distillation.ipynb #c2f74730
 @patch
 def get_loss(self:Distillation):
     l, self._soft = self.learn, None
@@ -350,7 +352,7 @@ def after_backward(self:Distillation):
 def after_eval(self:Distillation):
     for t in self._taps or (): t.got.clear()
 
-# %% ../nbs/09c_distillation.ipynb #997b7953
+# %% ../nbs/09c_distillation.ipynb #77f2af22
 @patch
 def state_dict(self:Distillation)->dict:
     "What a resumed run must have in common with the one before; the teacher itself is not kept"
@@ -372,10 +374,10 @@ def summary(self:Distillation)->str: # a line for the end of a run
 register_metric('loss_soft', 'T² KL from the teacher to the student, nats')
 register_metric('loss_feature', "share of the variance of the teacher's features that the student's miss");
 
-# %% ../nbs/09c_distillation.ipynb #6c11a36e
+# %% ../nbs/09c_distillation.ipynb #e47a19a2
 class DistillationTrainer:
-    """The design notes' trainer, on the code of `Distillation`. The teacher goes to the student's device and is
-    in evaluation mode only while it is asked. `ValueError` as there."""
+    """The design notes' trainer, on the code of `Distillation`. The teacher goes to the student's device
+    and is in evaluation mode only while it is asked. `ValueError` as there."""
     def __init__(self,
         teacher_model:nn.Module, # (B, N) tokens -> (B, N, V) logits
         student_model:nn.Module, # the same, and not larger
@@ -401,7 +403,7 @@ class DistillationTrainer:
         "As `feature_loss`"
         return feature_loss(student_features, teacher_features, self.distil.project)
 
-# %% ../nbs/09c_distillation.ipynb #3bb2e934
+# %% ../nbs/09c_distillation.ipynb #3bdc442b
 @patch
 def train_step(self:DistillationTrainer, x_batch:Tensor, y_batch:Tensor, optimizer)->dict: # of floats
     "One update of the student's weights by `optimizer`: loss_total, loss_soft, loss_hard and loss_feature"
@@ -425,7 +427,7 @@ def train_epoch(self:DistillationTrainer, train_loader, optimizer)->dict: # mean
     if not got: raise ValueError('train_loader is empty: one batch or more is wanted')
     return {k: sum(g[k] for g in got)/len(got) for k in got[0]}
 
-# %% ../nbs/09c_distillation.ipynb #4cbe6dea
+# %% ../nbs/09c_distillation.ipynb #89511f0c
 @dataclass
 class Comparison:
     "A student distilled and alone; validation loss in nats per token, a value per seed."
@@ -450,20 +452,21 @@ class Comparison:
         mean = lambda v: sum(v)/len(v)
         rows = [f'distilled, {self.steps} steps: {mean(self.distilled):.3f} nats '
                 f'({len(self.distilled)} seeds); a step takes {self.ratio:.2f}× one alone']
-        for at,what,n in (('alone', 'equal steps', self.steps), ('clock', 'equal wall clock', self.clock_steps)):
+        pairs = ('alone', 'equal steps', self.steps), ('clock', 'equal wall clock', self.clock_steps)
+        for at,what,n in pairs:
             m, h = self.gain(at)
             rows.append(f'alone, {what} ({n}): {mean(getattr(self, at)):.3f}; '
                         f'distilling gains {m:+.3f} ± {h:.3f}: {self.verdict(at)}')
         return '\n'.join(rows)
 
-# %% ../nbs/09c_distillation.ipynb #eef0fc16
+# %% ../nbs/09c_distillation.ipynb #f1220e1c
 def _step_times(learners, rounds=3): # ms of a step of each, measured in turns
     ts = [[] for _ in learners]
     for _ in range(rounds):
         for t,l in zip(ts, learners): t += [m.total_time_ms for m in l.fit(steps=6).history[1:]]
     return [median(t) for t in ts]
 
-# %% ../nbs/09c_distillation.ipynb #c7ad197a
+# %% ../nbs/09c_distillation.ipynb #3a5af826
 def compare_alone(
     teacher:nn.Module,   # it stays as it is
     student,             # a model to begin with, or a function seed -> fresh model
@@ -499,7 +502,7 @@ def compare_alone(
             out.models[name].append(l.model)
     return out
 
-# %% ../nbs/09c_distillation.ipynb #ef30c38b
+# %% ../nbs/09c_distillation.ipynb #1ad63ff1
 def load_teacher(folder # a run of bk_train, a model or a checkpoint
 )->ResNetBK:            # in eval mode
     "The model in a folder. `ValueError` when there is none."
