@@ -375,12 +375,10 @@ def _sweep(self:EquilibriumNet, blocks, state, y, beta): # every block once, in 
 
 # %% ../nbs/08b_equilibrium.ipynb #2f14da60
 @torch.no_grad()
-def _moved(new, old, start): return (new - old).abs().max().item()
-
-@torch.no_grad()
-def _moved_of(new, old, start): # as a share of the way from the start; rounding is not a move
+def _moved(new, old, start=None): # the largest change; with a start, as a share of the way from there
+    if start is None: return (new - old).abs().max().item()
     moved = (new - old).norm().item()
-    if moved <= 4*torch.finfo(new.dtype).eps*new.norm().item(): return 0.
+    if moved <= 4*torch.finfo(new.dtype).eps*new.norm().item(): return 0. # rounding is not a move
     return moved/(new - start).norm().item()
 
 @patch
@@ -400,9 +398,10 @@ def relax(self:EquilibriumNet, x, y=None, beta=None, start=None, sweeps=None, to
         if y.max() >= self.n_out: raise ValueError(f'targets want to be below {self.n_out}; got {y.max()}')
         state = tuple(s.to(beta.dtype).expand(len(beta), *s.shape) for s in state)
         beta = beta[:, None, None]
+    since = (None,)*len(state) if beta is None or start is None else start
     for k in range(sweeps or self.sweeps):
         new = self._sweep(blocks, state, y, beta)
-        left = max(map(_moved if beta is None or start is None else _moved_of, new, state, start or new))
+        left = max(map(_moved, new, state, since))
         state = new
         if not left > (tol or self.tol): break
     return Relaxed(state, left, k+1)
