@@ -56,7 +56,8 @@ class _Program:
         return self.n_weights - len(x)
 
     def put_codes(self, x): # int8 weights in, their place out
-        self.codes.append(_wide(x.detach().reshape(-1)))
+        x = x.detach().reshape(-1)
+        self.codes.append(F.pad(x, (0, -len(x) % 64))) # 64: a row of a panel is a cache line
         self.n_codes += len(self.codes[-1])
         return self.n_codes - len(self.codes[-1])
 
@@ -156,6 +157,8 @@ def _check_operation(o, first, sizes):
     if kind == 'Chain' and not (max(0, o.iw, o.iv) < o.nin <= 3 and o.feat in (1, 2)):
         raise ValueError(f'Chain: no column iw={o.iw}, iv={o.iv} of {o.nin}, or no features={o.feat}')
     if kind == 'Route' and not 1 <= o.k <= o.E: raise ValueError(f'Route: {o.k} of {o.E} experts')
+    if kind == 'Expert' and not (o.E >= 1 and o.slot >= 0):
+        raise ValueError(f'Expert: choice {o.slot} of {o.E} experts')
     for buffer,field,used,there in _touched(o):
         at, size = getattr(o, field), sizes[buffer]
         if not 0 <= used <= there: raise ValueError(f'{kind}: {field} has {there} numbers; want {used}')
@@ -297,6 +300,9 @@ def norm(self:_Program, m, x, D, at=0): # of the residual stream, into the threa
 # %% ../nbs/04b_decoder.ipynb #c0041
 #| echo: false
 CPP_DECODE += r'''
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 // x/2 (1 + erf(x/sqrt 2)), erf by Abramowitz & Stegun 7.1.26 (error 1.5e-7)
 static V gelu(V x) {
   V z = x * .70710678f, a = z < 0 ? -z : z, t = 1 / (1 + .3275911f * a);
@@ -306,13 +312,23 @@ static V gelu(V x) {
 }
 // own: `x` is the thread's own
 struct Matvec { I op, x, own, ldx, k, out, ldo, n, weight, bias, then, scale; };
-typedef signed char Codes __attribute__((vector_size(WF), aligned(1), may_alias));
-typedef Vec<int32_t, WF>::V Ints;
 static V weights(const float* p) { return from<float>(p); }
-static V weights(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(*(const Codes*)p, Ints), V);
+static V weights(const int8_t* p) {  // by hand: GCC 12 takes convertvector apart, code by code
+#if defined(__AVX512F__)
+  return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(__SSE2__) && !defined(__AVX__)
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  __m128i a = _mm_cvtsi32_si128(four), b = _mm_unpacklo_epi8(a, a);
+  return (V)_mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(b, b), 24));
+#else
+  typedef signed char Codes __attribute__((vector_size(WF), aligned(1), may_alias));
+  return __builtin_convertvector(__builtin_convertvector(*(const Codes*)p, Vec<int32_t, WF>::V), V);
+#endif
 }
-static V act(V x, I then) { return then == GELU ? gelu(x) : then == RELU ? (x > 0 ? x : V{}) : x; }
+static V act(V x, I then) { return then == GELU ? gelu(x) : then == RELU ? (x < 0 ? V{} : x) : x; }
 '''
 CPP_DECODE
 
@@ -389,7 +405,10 @@ class _Rows: # a weight (n, k) that can be rearranged: float32, or int8 codes wi
     def __init__(self, x, scale=None): self.x, self.scale, self.shape = x, scale, tuple(x.shape)
     def arranged(self, f): # by a function that moves and pads numbers, but keeps rows together
         if self.scale is None: return _Rows(f(self.x))
-        return _Rows(f(self.x), f(self.scale[:,None].expand_as(self.x)).amax(1))
+        rows = torch.arange(1, len(self.x) + 1)[:,None].expand_as(self.x)
+        at = (moved := f(rows)).amax(1)                      # 0: padding
+        if ((moved > 0) & (moved != at[:,None])).any(): raise ValueError('rows of different scales in one')
+        return _Rows(f(self.x), F.pad(self.scale, (1, 0))[at])
     def floats(self): return self.x if self.scale is None else self.x*self.scale[:,None]
 
 def _panels(w): # (n, k): 64 outputs side by side, then the rest
@@ -683,7 +702,10 @@ static void route(const Decode& d, const Route& o) {
       kept += out[2 * j + 1] = p[best] / sum;
     }
     const float one = o.k > 1 ? kept : 1;
-    for (I j = 0; j < o.k; j++) out[2 * j + 1] = o.even ? 1.f / o.k : out[2 * j + 1] / one;
+    for (I j = 0; j < o.k; j++) {
+      float& g = out[2 * j + 1];
+      g = o.even ? g - g + 1.f / o.k : g / one;  // g - g: NaN stays NaN
+    }
   }
 }
 '''
@@ -698,7 +720,7 @@ template <class T> static void expert(const Decode& d, const Expert& o, const T*
   d.share(o.n, c, end);
   for (I b = 0; b < d.B; b++) {
     const float* r = d.x + o.route + b * o.ldr + 2 * o.slot;
-    const I e = std::min(std::max((I)r[0], (I)0), o.E - 1);
+    const I e = r[0] > 0 ? (I)std::min(r[0], (float)(o.E - 1)) : 0;  // whatever r[0] is, NaN included
     const Matvec m = {2, o.x, o.own, o.ldx, o.k, o.out, o.ldo, o.n, o.weight + e * o.n * o.k,
                       o.bias < 0 ? -1 : o.bias + e * o.n, o.then, o.scale < 0 ? -1 : o.scale + e * o.n};
     columns<1>(d, m, w, c, end, (o.own ? d.own() : d.x) + o.x + b * o.ldx, d.x + o.out + b * o.ldo,
@@ -719,14 +741,14 @@ EXPERTS = {t: lambda m: (m.w1, None, m.w2, None) for t in (SparseMoE, AnalyticMo
 def _pack_experts(p, m, x, xn, D):
     w1, s1, w2, s2 = EXPERTS[type(m)](m)
     (E, _, H), k, Dp = w1.shape, m.top_k, _up(D)
-    _want(m.router, nn.Linear)
-    _sized(w1=(w1, (E, D, H)), w2=(w2, (E, H, D)), router=(m.router.weight, (E, D)),
+    w = _rows_of(m.router).floats()
+    _sized(w1=(w1, (E, D, H)), w2=(w2, (E, H, D)), router=(w, (E, D)),
            balance=(m.balance, (E,)))
     if m.act not in ('gelu', 'relu') or m.kind not in ('softmax', 'gumbel') or not 1 <= k <= E:
         raise CannotDecode(f'experts with act={m.act!r}, router={m.kind!r}, top_k={k}')
     ldr = _up(2*k + E)
     route = p.room(ldr)
-    router, balance, tau = p.put(_wide(m.router.weight)), p.put(m.balance), p.put([m.tau])
+    router, balance, tau = p.put(_wide(w)), p.put(m.balance), p.put([m.tau])
     p.op(6, xn, Dp, route, ldr, router, balance, tau, E, k, m.kind == 'gumbel')
     each = lambda w, s: [_Rows(w[e].T, None if s is None else s[e]).arranged(lambda w: _wide(_wide(w), 0))
                          for e in range(E)]
@@ -917,11 +939,15 @@ def _check_known(model):
 
 def _check_world(model):
     "What holds for all modules at once: types, hooks, modes."
+    whole = [m for m in model.modules() if type(m) in (*WEIGHTS, *TABLES, *EXPERTS, *HEADS)]
+    inside = {id(t): t for m in whole for t in (*m.parameters(), *m.buffers())}
     ps = dict(model.named_parameters())
+    ps |= {k: b for k,b in model.named_buffers() if id(b) in inside}
     if not unwatched(*ps.values()):
         raise CannotDecode('Decoder wants plain tensors, and nothing that traces them')
     for name,q in ps.items():
-        if q.device.type != 'cpu' or q.dtype != torch.float32 or q.layout != torch.strided:
+        coded = id(q) in inside and not q.is_floating_point() # what a table's function reads
+        if q.device.type != 'cpu' or q.layout != torch.strided or not (coded or q.dtype == torch.float32):
             raise CannotDecode(f'Decoder wants float32 on the CPU; {name} is {q.dtype} on {q.device}')
     if _has_any_global_hook(): raise CannotDecode('Decoder does not know what a global hook does')
     if not all(type(m) is DeviceContext for m in _get_current_function_mode_stack()):
@@ -933,7 +959,8 @@ def _check_world(model):
 @patch
 def logits(self:_Program, w, xn, model): # by the rows of w
     _sized(head=(w, (model.config.vocab_size, model.config.d_model)))
-    return self.matvec(w.arranged(lambda w: _wide(w, 0)), xn, 1, _up(w.shape[1]), bias=model.head.bias)
+    return self.matvec(w.arranged(lambda w: _wide(w, 0)), xn, 1, _up(w.shape[1]),
+                       bias=getattr(model.head, 'bias', None))
 
 def _write(model):
     "The program of a whole model, the slots of its state, the place of its logits."
@@ -943,7 +970,7 @@ def _write(model):
     head, table = model.head, _rows_of(model.embed, TABLES).floats()
     _want(head, *WEIGHTS, *HEADS)
     _sized(embed=(table, (V, D)))
-    if head.bias is not None: _sized(bias=(head.bias, (V,)))
+    if getattr(head, 'bias', None) is not None: _sized(bias=(head.bias, (V,)))
     if isinstance(head, TiedHead) and head._of[0] is not model.embed:
         raise CannotDecode('the head follows another embedding')
     x = p.room(_up(D))
@@ -982,7 +1009,8 @@ class Decoder:
         self._logits = self._memory.at(logits, _up(self.vocab))[:,:self.vocab]
         self._lock, self.threads, self._trials = threading.RLock(), self._most, None
         if threads is None:
-            if self._most > 1 and self._memory.weights.numel() > 1 << 21: self._trials = []
+            read = 4*self._memory.weights.numel() + self._memory.codes.numel()
+            if self._most > 1 and read > 1 << 23: self._trials = []
             self._use(1)
         if state is not None: self.set_state(state)
 
