@@ -1394,7 +1394,8 @@ _layer_built._dynamo_marked_constant = True             # a compiler asks once
 # %% ../nbs/02b_fused_layers.ipynb #64cee0d3
 def _mixer_on_cpu(m, x, state, cut, return_state):
     t, compiling = _cast(x), torch.compiler.is_compiling()
-    if t not in _KINDS or not m.causal or not _as_built(m, m.in_proj, m.out_proj): return None
+    whole = _as_built(m, m.in_proj, m.out_proj)             # else projections of another kind are called
+    if t not in _KINDS or not m.causal or not whole and (compiling or not _as_built(m)): return None
     if x.shape[1] >= 2048 and x.shape[0]*m.channels < 16*_threads(): return None
     if compiling:
         if state is not None or return_state or torch._C._are_functorch_transforms_active(): return None
@@ -1407,13 +1408,14 @@ def _mixer_on_cpu(m, x, state, cut, return_state):
     need = _needs_grad(x, own)
     if need and (state is not None or return_state) or not _layer_built(t): return None
     ps, nums = layer_params(m, t)
-    w_in, w_out = m.in_proj.weight, m.out_proj.weight
-    if need: return _Node.apply(_MixerKernel, x, w_in, w_out, nums, cut, *ps)
+    if need and whole: return _Node.apply(_MixerKernel, x, m.in_proj.weight, m.out_proj.weight, nums, cut, *ps)
     ps[3] = ps[3].exp()
-    h = F.linear(x.to(t), w_in.to(t))
+    if need: return m.out_proj(layer_op(m.in_proj(x).to(t), cut, *ps, *nums)[0])
+    through = (lambda l, x: F.linear(x.to(t), l.weight.to(t))) if whole else lambda l, x: l(x).to(t)
+    h = through(m.in_proj, x)
     past, g0 = (None, None) if state is None else _mixer_state(state, t)
     y, _, _, end = _layer(h, cut, ps, nums, past, g0, keep=False)
-    y = F.linear(y, w_out.to(t))
+    y = through(m.out_proj, y)
     if not return_state: return y
     end = (end if x.shape[1] or g0 is None else g0).to(_real(t))
     tail = None if m.conv is None else m.conv.tail(h[...,:m.n_in*m.channels], past, cut)
@@ -2422,26 +2424,30 @@ _attention_built._dynamo_marked_constant = True
 
 def _attention_on_cpu(m, x, state, cut, return_state):
     t, H = _cast(x), m.n_heads
-    if t not in _KINDS or m.phase or not _as_built(m, m.in_proj, m.absorb_proj, m.out_proj): return None
+    whole, compiling = _as_built(m, m.in_proj, m.absorb_proj, m.out_proj), torch.compiler.is_compiling()
+    if t not in _KINDS or m.phase or not whole and (compiling or not _as_built(m)): return None
     if m.d_model//H % (8 if t == torch.float64 else 16): return None                 # heads must fill vectors
     if x.shape[1] >= 2048 and x.shape[0]*H < _threads(): return None
-    if torch.compiler.is_compiling():
+    if compiling:
         if state is not None or return_state or torch._C._are_functorch_transforms_active(): return None
         return _attention_compiled(m, x, cut) if _attention_built(t) else None
     ts = list(m.parameters())
     if not _plainly(m, x, state, cut, ts): return None
     need = _needs_grad(x, ts)
     if need and (state is not None or return_state) or not _attention_built(t): return None
-    ps, w_in, w_out, w_a = attention_params(m, t), m.in_proj.weight, m.out_proj.weight, m.absorb_proj.weight
+    if need and not whole: return _attention_compiled(m, x, cut)
+    ps = attention_params(m, t)
     if need:
-        w = torch.cat([w_in, w_a, w_in.new_zeros(-H % 16, m.d_model)])
-        return _Node.apply(_AttentionKernel, x, w, w_out, m.norm.eps, cut, *ps)
+        w_in = m.in_proj.weight
+        w = torch.cat([w_in, m.absorb_proj.weight, w_in.new_zeros(-H % 16, m.d_model)])
+        return _Node.apply(_AttentionKernel, x, w, m.out_proj.weight, m.norm.eps, cut, *ps)
+    through = (lambda l, x: F.linear(x, l.weight.to(t))) if whole else lambda l, x: l(x).to(t)
     x, (taps, bias, E, log_eta, weight) = x.to(t), ps
     past, g0, S = (None, None, None) if state is None else _attention_state(state, t)
-    h = F.linear(x, w_in.to(t))
-    log_g, g = _decays(F.linear(x, w_a.to(t)), 0, cut, bias, E, log_eta.exp(), g0)
+    h = through(m.in_proj, x)
+    log_g, g = _decays(through(m.absorb_proj, x), 0, cut, bias, E, log_eta.exp(), g0)
     y, _, _, end = _attention(h, cut, taps, log_g, weight, m.norm.eps, past, S, keep=False)
-    y = F.linear(y, w_out.to(t))
+    y = through(m.out_proj, y)
     if not return_state: return y
     tail = None if m.conv is None else m.conv.tail(h[...,:3*m.d_model], past, cut)
     if x.shape[1]: g0, S = g[:,-1].contiguous(), end

@@ -343,12 +343,15 @@ def layer(c, kinds):
 
 # ---- the model, token by token
 @functools.lru_cache(None)
-def model_of():
+def model_of(experts=False, codes=False): # with a mixture of experts, with int8 weights
     from resnet_bk.model import ModelConfig, ResNetBK
+    from resnet_bk.quantization import quantize
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    m = ResNetBK(ModelConfig(vocab_size=11, d_model=32, n_layers=2)).eval()
+    ffn = dict(ffn='moe', ffn_kw=dict(num_experts=3, top_k=2, mult=1)) if experts else {}
+    m = ResNetBK(ModelConfig(vocab_size=11, d_model=32, n_layers=2, **ffn)).eval()
+    if codes: quantize(m, 8, least=64)
     torch.set_default_dtype(before)
     return m
 
@@ -358,7 +361,7 @@ def step(c, decoder):
     c.modes()
     c.fake = c.meta = c.autocast = c.grad = False
     c.mode, c.dtype = c.pick('no_grad', 'inference'), torch.float32
-    m = model_of()
+    m = model_of(c.some(30), c.some(30)) if decoder else model_of()
     with torch.no_grad(): _, state = m(torch.randint(11, (B, 5), generator=c.torch), return_state=True)
     if c.some(30): state = None
     elif c.faults and c.some(60):

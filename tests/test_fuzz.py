@@ -25,13 +25,13 @@ def check(runs, least): # every case was compared or refused, and of both there 
     assert n['value'] > .4*least and n['error'] > .15*least, n
 
 def test_every_case_gives_the_value_or_an_error(capfd):
-    runs = side_by_side(10000, 240)
+    runs = side_by_side(10000, 400)
     with capfd.disabled(): print(*('\n' + out[-2000:] for _,out,_ in runs))
     check(runs, 10000)
 
 def test_no_report_of_the_sanitizers(watched, capfd):
     assert 'exit 0' in build(watched)
-    runs = side_by_side(2000, 120, env=watched)
+    runs = side_by_side(2000, 240, env=watched)
     with capfd.disabled(): print(*('\n' + out[-2000:] for _,out,_ in runs))
     for _,_,err in runs: assert 'Sanitizer' not in err and 'runtime error' not in err, err[:6000]
     check(runs, 2000)
