@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WIDTHS', 'CALIBRATIONS', 'packed_size', 'pack', 'unpack', 'squeeze', 'unsqueeze', 'scale_value', 'round_to',
            'choose_scales', 'error_feedback', 'PackedTensor', 'QuantizedLinear', 'QuantizedEmbedding', 'QuantizedMoE',
-           'FactoredEmbedding', 'FactoredHead', 'factor_embedding', 'quantizable', 'second_moments', 'quantize',
-           'bits_per_parameter', 'promised_bytes', 'FakeQuantizer', 'QAT', 'WeightAverage', 'QuantizedBKCore']
+           'FactoredEmbedding', 'FactoredHead', 'factor_embedding', 'quantizable', 'code_matrices', 'second_moments',
+           'quantize', 'bits_per_parameter', 'promised_bytes', 'FakeQuantizer', 'QAT', 'WeightAverage',
+           'QuantizedBKCore']
 
 # %% ../nbs/09_quantization.ipynb #21d06311
 import lzma, math, numpy as np, torch
@@ -309,7 +310,8 @@ def quantizable(
     size = lambda m: m.w1.numel() if isinstance(m, SparseMoE) else m.weight.numel()
     return {n: m for n,m in found.items() if size(m) >= least}
 
-def _matrices(m): # the matrices of a part, a row for each output
+def code_matrices(m:nn.Module)->list: # (rows, columns) each
+    "The matrices of a part that is packed, a row for each output."
     if not isinstance(m, SparseMoE): return [m.weight.detach()]
     return [w.detach().mT.flatten(0, 1) for w in (m.w1, m.w2)]
 
@@ -330,7 +332,7 @@ def _quantized(model, widths:dict, squeezed:bool=False, scale_bits:int=8):
         if name not in parts: raise ValueError(f"change 'quantized': the model has no {name!r} to quantise")
         m = parts[name]
         _put(model, name, _packed(m, [PackedTensor(w.shape, bits, squeezed, scale_bits=scale_bits)
-                                      for w in _matrices(m)]))
+                                      for w in code_matrices(m)]))
 
 def _bits_of(name, bits): # the longest beginning of the name that `bits` has
     if not isinstance(bits, dict): return bits
@@ -456,7 +458,7 @@ def quantize(
         b, Hs = widths[n], (moments or {}).get(n)
         made[n] = _packed(parts[n], [
             PackedTensor(w.shape, b, squeezed, *_codes(w, b, how, Hs and Hs[i], scale_bits), scale_bits)
-            for i,w in enumerate(_matrices(parts[n]))])
+            for i,w in enumerate(code_matrices(parts[n]))])
     for n,part in made.items(): _put(model, n, part.to(next(model.parameters()).device))
     model.note_change('quantized', widths=widths, squeezed=squeezed, scale_bits=scale_bits)
     return model
