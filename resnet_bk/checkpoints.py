@@ -16,7 +16,7 @@ from .learner import Callback, Learner, by_default
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
@@ -187,11 +187,19 @@ def load(self:Learner, path, # a checkpoint folder
     saved = torch.load(path/'state.pt', map_location='cpu', weights_only=True)
     return saved | dict(restore=lambda: self._restore_weights(path, saved['opt']))
 
+def _check_shapes(model, path): # before any weight is replaced
+    own = {k: list(t.shape) for k,t in model.state_dict().items()}
+    with safe_open(path, 'pt') as f:
+        for k in f.keys():
+            shape = list(f.get_slice(k).get_shape())
+            if own.get(k, shape) != shape: raise ValueError(f'{k} is {shape} there, and {own[k]} here')
+
 @patch
 def _restore_weights(self:Learner, path, opt):
     try:
         if self.shard: self._scatter(load_file(path/'model.safetensors'), opt)
         else:
+            _check_shapes(self.model, path/'model.safetensors')
             load_model(self.model, path/'model.safetensors')
             self.opt.load_state_dict(opt)
     except (RuntimeError, ValueError, KeyError) as e:

@@ -482,7 +482,7 @@ def bk_generate(
 # %% ../nbs/14_cli.ipynb #2e1c4ae8
 COMPRESS = [Option(*a) for a in (
     ('target', 20., 'times smaller on disk', float),
-    ('stages', None, "e.g. 'prune:share=.5;qat:bits=4;quantize:bits=4'; default: what the target needs"),
+    ('stages', None, "e.g. 'prune:share=.5;qat:bits=4'; default: what the target needs"),
     ('bound', .15, 'the perplexity may rise by this share; a stage that breaks it is taken back', float),
     ('steps', 300, 'steps of each stage that trains', int),
     ('lr', 1e-3, 'their peak learning rate', float),
@@ -629,9 +629,9 @@ def generate_main(argv=None):
 
 COMPRESS_EXAMPLES = """\
   bk_compress bk_run                              20 times smaller, or as far as the bound allows
-  bk_compress bk_run --target 4                   int8 alone, in seconds
+  bk_compress bk_run --target 3.5                 int8 alone, in seconds
   bk_compress bk_run --target 100 --bound .5      as small as that; the report says at what cost
-  bk_compress bk_run --stages 'prune:share=.5;qat:bits=4;quantize:bits=4'
+  bk_compress bk_run --stages 'prune:share=.5;qat:bits=4'
   bk_compress bk_run --resume                     go on after a crash"""
 
 def compress_main(argv=None):

@@ -18,6 +18,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from .mixers import BKMixer, BKFeatureMixer
 from .moe import ACTS, AnalyticMoELayer, SparseMoE, dispatch, grouped_rows, route
+from .decoder import EXPERTS
 from .model import CHANGES, FFNS, MLP, ResNetBK
 from .learner import Callback, lm_loss, logits_of, register_metric, register_option
 from .moe_training import MoEBalance
@@ -414,6 +415,8 @@ class PrunedMoELayer(AnalyticMoELayer):
     def get_num_active_experts(self)->int: return self.num_experts
     def reset_usage(self): self.used = torch.zeros(self.num_experts, dtype=torch.long)
     def extra_repr(self): return super().extra_repr() + f', prune_threshold={self.prune_threshold}'
+
+EXPERTS[PrunedMoELayer] = EXPERTS[AnalyticMoELayer] # the decoder may have it; what that writes is not counted
 
 # %% ../nbs/09b_pruning.ipynb #0c3f5259
 @patch

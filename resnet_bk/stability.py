@@ -139,7 +139,8 @@ def _reset_to_checkpoint(self:NumericalStabilityMonitor):
     if l is None or not l.folder: return None, 'there is no folder with a checkpoint to go back to'
     path = l.parallel.gather(newest_checkpoint(l.folder/'checkpoints', l.say) if l.is_main else None)[0]
     if path is None: return None, 'there is no checkpoint to go back to'
-    l.load(path)['restore']()
+    try: l.load(path)['restore']()
+    except ValueError as e: return None, f'{path.name} does not fit: {e}' # the model has been pruned since
     return {}, f'weights and optimiser are back at {path.name}'
 
 # %% ../nbs/05c_stability.ipynb #a935c819
