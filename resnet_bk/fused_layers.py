@@ -1408,7 +1408,8 @@ def _mixer_on_cpu(m, x, state, cut, return_state):
     need = _needs_grad(x, own)
     if need and (state is not None or return_state) or not _layer_built(t): return None
     ps, nums = layer_params(m, t)
-    if need and whole: return _Node.apply(_MixerKernel, x, m.in_proj.weight, m.out_proj.weight, nums, cut, *ps)
+    if need and whole:
+        return _Node.apply(_MixerKernel, x, m.in_proj.weight, m.out_proj.weight, nums, cut, *ps)
     ps[3] = ps[3].exp()
     if need: return m.out_proj(layer_op(m.in_proj(x).to(t), cut, *ps, *nums)[0])
     through = (lambda l, x: F.linear(x.to(t), l.weight.to(t))) if whole else lambda l, x: l(x).to(t)
