@@ -225,14 +225,17 @@ def expected_bytes(model:nn.Module, bits)->float: # codes, scales, float32 for t
 def _student(model, size, bits): # the largest that fits into so many bytes
     c = model.config
     large = 2*c.vocab_size*c.d_model > .5*n_weights(model)
-    best = 0, None
+    best, least = (0, None), math.inf
     for kw in _students(c, large):
         rank = dict(rank=max(8, kw['d_model']//2)) if large else {}
         changes = [('factored', rank)] if large else ()
         with torch.device('meta'): m = ResNetBK(ModelConfig.from_dict(asdict(c) | kw | dict(changes=changes)))
-        if best[0] < n_weights(m) and expected_bytes(m, bits) <= size: best = n_weights(m), kw | rank
+        takes = expected_bytes(m, bits)
+        least = min(least, takes)
+        if best[0] < n_weights(m) and takes <= size: best = n_weights(m), kw | rank
     if not best[0]:
-        raise ValueError(f'no student of this kind fits into {size:,.0f} bytes; give your own stages')
+        raise ValueError(f'no student of this kind fits into {size:,.0f} bytes, the smallest takes '
+                         f'{least:,.0f}: lower the target, or give your own stages')
     return best[1]
 
 def plan(model:ResNetBK, target:float)->list: # of (stage, arguments)
