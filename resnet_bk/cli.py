@@ -484,7 +484,7 @@ COMPRESS = [Option(*a) for a in (
     ('target', 20., 'times smaller on disk', float),
     ('stages', None, "e.g. 'prune:share=.5;qat:bits=4'; default: what the target needs"),
     ('bound', .15, 'the perplexity may rise by this share; a stage that breaks it is taken back', float),
-    ('steps', 300, 'steps of each stage that trains', int),
+    ('steps', 1500, 'steps of each stage that trains', int),
     ('lr', 1e-3, 'their peak learning rate', float),
     ('batches', None, 'batches of validation text for a measurement; default all', int),
     ('out', None, 'folder for the result; default RUN-small'),

@@ -91,7 +91,7 @@ class CompressionPipeline:
         stages=None,        # of (name in `STAGES`, its arguments); None: see `plan`
         folder=None,
         bound:float=.15,    # the perplexity may rise by this share; a stage that breaks it is taken back
-        steps:int=300,      # of each stage that trains
+        steps:int=1500,     # of each stage that trains
         lr:float=1e-3,      # its peak learning rate
         batches:int=None,   # of validation text for each measurement; None: all
         seed:int=0, quiet:bool=False,
@@ -262,32 +262,38 @@ def run_pipeline(self:CompressionPipeline,
     val_loader=None, # a loader, if the first is one
     resume:bool=False,
 )->tuple:            # the compressed model, metrics
-    """Carry out the stages. Metrics: `rows` of the report, `compression_ratio` in bytes on disk, `stopped`:
-    the stage that was taken back, or None."""
+    """Carry out the stages. Metrics: `rows` of the report, `compression_ratio` in bytes on disk, and
+    `taken_back`, rows of the stages that broke the bound."""
     self.data = train_loader if val_loader is None and hasattr(train_loader, 'valid') else \
         Loaders(train_loader, [] if val_loader is None else val_loader)
     if resume and not self.folder: raise ValueError('resume wants a folder')
     self.model = self._teacher = copy.deepcopy(self.given).eval()
-    self.rows, self.stopped = [], None
+    self.rows, self.taken_back = [], []
     done = self._resume() if resume else 0
-    if not done: self._keep(self.measure('float32', self.model), self.model)
+    if not self.rows: self._keep(self.measure('float32', self.model), self.model, 0)
     bar = tqdm(self.stages[done:], desc='stages', disable=self.quiet)
     for i,(name,kw) in enumerate(bar, done + 1):
+        if self.taken_back and name not in PACKING: continue
         bar.set_postfix_str(name)
         t = time.perf_counter()
         model = STAGES[name](self, **kw).eval()
         row = self.measure(name, model, time.perf_counter() - t)
-        if row['ppl'] > (1 + self.bound)*self.rows[0]['ppl']:
-            self.stopped = row | dict(arguments=kw)
-            self.say(f"stage {i}, {name}: perplexity {row['ppl']:.3f}, more than {self.bound:.0%} above "
-                     f"{self.rows[0]['ppl']:.3f}; it is taken back, and the pipeline ends here")
-            break
-        self._keep(row, model)
+        if row['ppl'] <= (1 + self.bound)*self.rows[0]['ppl']: self._keep(row, model, i)
+        else: self._take_back(row, kw, i)
     return self.model, self.metrics()
 
 # %% ../nbs/09d_compression.ipynb #15a427b0
 @patch
-def _keep(self:CompressionPipeline, row, model):
+def _take_back(self:CompressionPipeline, row, kw, i):
+    packs = any(n in PACKING for n,_ in self.stages[i:])
+    self.say(f"stage {i}, {row['stage']}: perplexity {row['ppl']:.3f}, more than {self.bound:.0%} above "
+             f"{self.rows[0]['ppl']:.3f}; it is taken back, and "
+             + ('what there was is packed' if packs else 'the pipeline ends here'))
+    self.taken_back.append(row | dict(arguments=kw, after=len(self.rows)))
+    if self.folder: self._write(i)
+
+@patch
+def _keep(self:CompressionPipeline, row, model, i):
     self.model = model
     self.rows.append(row)
     if not self.folder: return
@@ -297,7 +303,11 @@ def _keep(self:CompressionPipeline, row, model):
     model.save_pretrained(tmp)
     shutil.rmtree(at, ignore_errors=True)
     tmp.rename(at)
-    kept = dict(stages=self.stages, rows=self.rows)
+    self._write(i)
+
+@patch
+def _write(self:CompressionPipeline, done):
+    kept = dict(stages=self.stages, rows=self.rows, taken_back=self.taken_back, done=done)
     (self.folder/'report.new').write_text(json.dumps(kept, indent=1), encoding='utf-8')
     (self.folder/'report.new').replace(self.folder/'report.json')
 
@@ -309,10 +319,9 @@ def _resume(self:CompressionPipeline)->int: # stages that are done
     try: kept = json.loads(path.read_text(encoding='utf-8'))
     except ValueError: raise ValueError(f'{path} is damaged: it is no JSON') from None
     plain = json.loads(json.dumps(self.stages))
-    n = len(kept['rows']) - 1
+    n, self.rows, self.taken_back = kept['done'], kept['rows'], kept['taken_back']
     if kept['stages'][:n] != plain[:n]: raise ValueError(f'{path} is of other stages; name another folder')
-    self.rows = kept['rows']
-    at = self.folder/f"{n:02d}-{self.rows[-1]['stage']}"
+    at = self.folder/f"{len(self.rows)-1:02d}-{self.rows[-1]['stage']}"
     self.model = ResNetBK.from_pretrained(at).eval()
     self.say(f'{n} stages are done; going on from {at.name}')
     return n
@@ -321,7 +330,7 @@ def _resume(self:CompressionPipeline)->int: # stages that are done
 def metrics(self:CompressionPipeline)->dict:
     "The report so far."
     first, last = self.rows[0], self.rows[-1]
-    return dict(rows=self.rows, stopped=self.stopped, compression_ratio=first['bytes']/last['bytes'],
+    return dict(rows=self.rows, taken_back=self.taken_back, compression_ratio=first['bytes']/last['bytes'],
                 original_params=first['parameters'], compressed_params=last['parameters'],
                 original_bytes=first['bytes'], compressed_bytes=last['bytes'],
                 perplexity_change=last['ppl']/first['ppl'] - 1,
@@ -330,17 +339,19 @@ def metrics(self:CompressionPipeline)->dict:
 # %% ../nbs/09d_compression.ipynb #3d91f000
 def report(metrics:dict)->str:
     "A table of the stages: what each one gave by itself, and what it cost."
-    first, rows, stopped = metrics['rows'][0], list(metrics['rows']), metrics['stopped']
-    if stopped: rows.append(stopped | dict(stage=f"({stopped['stage']})"))
+    first, rows, back = metrics['rows'][0], list(metrics['rows']), metrics['taken_back']
+    for n,r in enumerate(back): rows.insert(r['after'] + n, r | dict(stage=f"({r['stage']})"))
     heads = 'bytes 12, smaller 9, alone 8, parameters 12, ppl 10,  8, bits/byte 10, ms/token 10, ms/step 9'
     heads = [h.rpartition(' ') for h in heads.split(', ')]
     out = [f"{'stage':12s}" + ''.join(f'{n.strip():>{w}s}' for n,_,w in heads)]
-    for before,r in zip([first, *rows], rows):
+    before = first
+    for r in rows:
         bpb = f"{r['bpb']:10.3f}" if r['bpb'] is not None else f"{'–':>10s}"
         out.append(f"{r['stage']:12s}{r['bytes']:12,d}{first['bytes']/r['bytes']:8.2f}×"
                    f"{before['bytes']/r['bytes']:7.2f}×{r['parameters']:12,d}{r['ppl']:10.3f}"
                    f"{100*(r['ppl']/first['ppl'] - 1):+7.1f}%{bpb}{r['ms_token']:10.3f}{r['ms_step']:9.1f}")
-    if metrics['stopped']: out.append('in brackets: taken back, because it broke the bound on the perplexity')
+        if r in metrics['rows']: before = r
+    if back: out.append('in brackets: taken back, because it broke the bound on the perplexity')
     return '\n'.join(out)
 
 def plot_pareto(metrics, ax=None, label=None): # of one run, or a list of them; the axes
