@@ -319,7 +319,7 @@ def _open_run(learn, o, folder):
     learn.folder = learn.parallel.gather(folder)[0]
 
 def _announce(learn, o):
-    data, model, batch = learn.data, learn.model, o['batch_size']*o['accumulate']*learn.world
+    data, model, batch = learn.data, learn.model, o['batch_size']*learn.batches_per_step
     budget = next(f'{o[k]:g} {k}' for k in ('minutes', 'steps', 'epochs') if o[k] is not None)
     into = f', into {learn.folder}/' if learn.folder else ''
     where = f'{learn.device}' + (f', {learn.world} processes' if learn.world > 1 else '')

@@ -472,6 +472,11 @@ def share(self:Learner)->int: # 1: every batch of `data.train` is for this proce
     "Of how many batches this process takes one: of `world`, unless the data was made for this `rank` already"
     return self.world if getattr(self.data.train, 'world', 1) == 1 else 1
 
+@patch(as_prop=True)
+def batches_per_step(self:Learner)->int: # `accumulate` times the processes that have batches of their own
+    "Batches that one update of the weights takes, over all processes"
+    return self.accumulate*self.world//getattr(self.data.train, 'split', 1)
+
 # %% ../nbs/05_learner.ipynb #fa79f436
 def check_budget(steps=None, epochs=None, minutes=None)->dict: # the one that was given
     "`ValueError` for none, two, or one that is not positive and finite."
@@ -822,7 +827,7 @@ def fingerprint(self:Learner)->dict: # name -> value
     names = 'lr weight_decay betas warmup min_lr_frac clip seed'.split()
     out = {k: getattr(self, k) for k in names}
     out |= dict(betas=[float(b) for b in self.betas], mixed_precision=self.parallel.precision)
-    out['batches per step'] = self.accumulate*self.world
+    out['batches per step'] = self.batches_per_step
     if hasattr(self.data, 'fingerprint'): out |= {f'data.{k}': v for k,v in self.data.fingerprint().items()}
     return {k: _plain(v) for k,v in out.items()}
 
