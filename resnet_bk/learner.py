@@ -289,6 +289,7 @@ class Learner:
     """Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for
     settings that make no sense."""
     defaults = [] # callback classes that every learner gets
+    formats = {} # name -> how a checkpoint holds weights and averages; see `checkpoints`
     def __init__(self,
         model:nn.Module, # (B, N) int64 token ids -> (B, N, V) logits, or a tuple that begins with them
         data, # an `LMData`: `.train`, `.valid`, `.floors`, `.report`
@@ -926,7 +927,9 @@ class Recorder(Callback):
             self.window.append(torch.stack([loss, lm, l.grad_norm.float()]))
         if l.step % l.log_every == 0 or l.done or l.valid_step == l.step or 'note' in l.logged: self.record()
 
-    def state_dict(self): return dict(window=self.window)
+    def state_dict(self): # the mean of all processes: what goes on may be another number of them
+        l = self.learn
+        return dict(window=list(l.parallel.sum(torch.stack(self.window))/l.world) if self.window else [])
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
 by_default(Recorder);
 
