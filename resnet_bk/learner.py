@@ -228,14 +228,16 @@ class Parallel:
         return torch.autocast(self.device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
 # %% ../nbs/05_learner.ipynb #85083d4a
+def _blocks(model): # of the outermost lists: a list within a block belongs to the block
+    for m in model.children(): yield from m if isinstance(m, nn.ModuleList) else _blocks(m)
+
 @patch
 def wrap(self:Parallel, model:nn.Module)->nn.Module:
     "The model for the forward pass of training: itself, wrapped, or itself with its blocks sharded"
     if self.world == 1 or not any(p.requires_grad for p in model.parameters()): return model
     if self.shard:
         from torch.distributed.fsdp import fully_shard
-        for m in list(model.modules()):
-            if isinstance(m, nn.ModuleList): [fully_shard(b) for b in m]
+        for b in list(_blocks(model)): fully_shard(b)
         return fully_shard(model, reshard_after_forward=True) # else evaluation leaves the root in one piece
     return DistributedDataParallel(model, [self.device.index] if self.device.type == 'cuda' else None)
 
