@@ -228,14 +228,16 @@ class Parallel:
         return torch.autocast(self.device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[self.precision])
 
 # %% ../nbs/05_learner.ipynb #85083d4a
+def _blocks(model): # of the outermost lists: a list within a block belongs to the block
+    for m in model.children(): yield from m if isinstance(m, nn.ModuleList) else _blocks(m)
+
 @patch
 def wrap(self:Parallel, model:nn.Module)->nn.Module:
     "The model for the forward pass of training: itself, wrapped, or itself with its blocks sharded"
     if self.world == 1 or not any(p.requires_grad for p in model.parameters()): return model
     if self.shard:
         from torch.distributed.fsdp import fully_shard
-        for m in list(model.modules()):
-            if isinstance(m, nn.ModuleList): [fully_shard(b) for b in m]
+        for b in list(_blocks(model)): fully_shard(b)
         return fully_shard(model, reshard_after_forward=True) # else evaluation leaves the root in one piece
     return DistributedDataParallel(model, [self.device.index] if self.device.type == 'cuda' else None)
 
@@ -289,6 +291,7 @@ class Learner:
     """Trains a causal language model `model(x) -> logits` on `data`. See `Learner.fit`. `ValueError` for
     settings that make no sense."""
     defaults = [] # callback classes that every learner gets
+    formats = {} # name -> how a checkpoint holds weights and averages; see `checkpoints`
     def __init__(self,
         model:nn.Module, # (B, N) int64 token ids -> (B, N, V) logits, or a tuple that begins with them
         data, # an `LMData`: `.train`, `.valid`, `.floors`, `.report`
@@ -931,7 +934,9 @@ class Recorder(Callback):
             self.window.append(torch.stack([loss, lm, l.grad_norm.float()]))
         if l.step % l.log_every == 0 or l.done or l.valid_step == l.step or 'note' in l.logged: self.record()
 
-    def state_dict(self): return dict(window=self.window)
+    def state_dict(self): # the mean of all processes: what goes on may be another number of them
+        l = self.learn
+        return dict(window=list(l.parallel.sum(torch.stack(self.window))/l.world) if self.window else [])
     def load_state_dict(self, d): self.window = [w.to(self.learn.device) for w in d['window']]
 by_default(Recorder);
 
