@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CPP_LAYER_STEPS', 'CPP_MATH', 'CPP_TRANSPOSE', 'CPP_LAYER_ARGS', 'CPP_LAYER', 'CPP_LAYER_BACKWARD', 'CPP_LAYER_ENTRY',
            'OptT', 'OPS', 'LAYER', 'CPP_ATTENTION', 'CPP_ATTENTION_BACKWARD', 'CPP_ATTENTION_ENTRY', 'ATTENTION',
-           'layer_op', 'layer_backward_op', 'layer_params', 'fused_layer', 'attention_op', 'attention_backward_op',
-           'attention_params']
+           'layer_op', 'layer_backward_op', 'layer_params', 'mixer_between', 'fused_layer', 'attention_op',
+           'attention_backward_op', 'attention_params', 'attention_between']
 
 # %% ../nbs/02b_fused_layers.ipynb #80d96422
 from typing import Optional, Tuple
@@ -400,6 +400,9 @@ template <class T, class M, class K> struct LayerArgs {
   double* g1;
   const M* dout;
   M* dh;
+  const double* dg1;  // gradients of g1 and, of the way back, of g0 and past
+  double* dg0;
+  M* dpast;
   K* grads;
 };
 // The first arguments of attention, in the order of `_attention_args`
@@ -435,7 +438,7 @@ template <class T, class M> struct Layer : LayerArgs<T, M, T> {
   typedef LayerArgs<T, M, T> Args;
   using Args::h, Args::hb, Args::hn, Args::past, Args::cut, Args::taps, Args::bias, Args::E, Args::eta;
   using Args::scale, Args::wt, Args::out, Args::rinv, Args::ck, Args::g0, Args::g1, Args::dout, Args::dh;
-  using Args::grads;
+  using Args::grads, Args::dg1, Args::dg0, Args::dpast;
   typedef typename Lanes<T>::V V;
   typedef Complex<V> Z;
   enum { W = Lanes<T>::W, ROWS = 4 * sizeof(T) };
@@ -1077,6 +1080,38 @@ void backward() {
 ''')
 CPP_LAYER_BACKWARD
 
+# %% ../nbs/02b_fused_layers.ipynb #c0045ab1
+#| echo: false
+CPP_LAYER_BACKWARD += Cpp(r'''
+// The state after the last token has a gradient, and so has the one before the first: 1/g = a - g0, so a
+// gradient of g0 is one of a with the sign turned
+void enter(const Tile& t, Adj& a, I b) const {
+  a = Adj();
+  if (!dg1) return;
+  for (int l = 0; l < t.n; l++) {
+    const double* q = dg1 + (b * s.C + t.c + l) * 4;
+    a.L.re[l] = -q[0];
+    a.L.im[l] = -q[1];
+    a.P.re[l] = -q[2];
+    a.P.im[l] = -q[3];
+  }
+}
+void leave(const Tile& t, const Adj& a, I b) const {
+  const double bond = cut && cut[b * s.N] ? 0 : -1;
+  for (int l = 0; dg0 && l < t.n; l++) {
+    double* q = dg0 + (b * s.C + t.c + l) * 4;
+    q[0] = bond * a.L.re[l];
+    q[1] = bond * a.L.im[l];
+    q[2] = bond * a.P.re[l];
+    q[3] = bond * a.P.im[l];
+  }
+  for (int p = 0; dpast && p < s.nin; p++)
+    for (int j = 0; j < CW - 1; j++)
+      ME::st(dpast + (b * (CW - 1) + j) * s.P() + p * s.C + t.c, a.D[p][j + 1], t.n);
+}
+''')
+CPP_LAYER_BACKWARD
+
 # %% ../nbs/02b_fused_layers.ipynb #ab22461a
 #| echo: false
 CPP_LAYER_BACKWARD += Cpp(r'''
@@ -1087,7 +1122,8 @@ void sweep_back() const {
   share(memory, [&](const Mine& mine) {
     Block k[2];
     Cuts cu;
-    for (Part& m : mine) std::fill(m.adj, m.adj + m.count, Adj());
+    for (Part& m : mine)
+      for (I x = 0; x < m.count; x++) enter(m.tile[x], m.adj[x], m.b);
     for (I g = (s.N - 1) / group * group; g >= 0; g -= group) {
       const I g1 = std::min<I>(s.N, g + group);
       for (Part& m : mine)
@@ -1111,21 +1147,23 @@ void sweep_back() const {
             Tile* t = &m.tile[x];
             Adj* a = &m.adj[x];
             const T* mean = m.sum + (t0 - g);
-            if (x + 1 < m.count)
-              cut ? back<true, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum)
-                  : back<false, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum);
-            else
 ''')
 CPP_LAYER_BACKWARD
 
 # %% ../nbs/02b_fused_layers.ipynb #6958ef1e
 #| echo: false
 CPP_LAYER_BACKWARD += Cpp(r'''
+            if (x + 1 < m.count)
+              cut ? back<true, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum)
+                  : back<false, 2>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum);
+            else
               cut ? back<true, 1>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum)
                   : back<false, 1>(t, a, k, cu, m.b, t0, t1, ahead, mean, sum);
           }
         }
     }
+    for (Part& m : mine)
+      for (I x = 0; x < m.count; x++) leave(m.tile[x], m.adj[x], m.b);
   });
 }
 };
@@ -1204,7 +1242,7 @@ def _kept(h, scale): # memory for the states at the blocks of tokens; those of `
     return torch.empty((B, n, C, 4), dtype=torch.float64, device=h.device)
 
 def _layer_args(c, h, ps, nums, states, cut=None, past=None, g0=None, end=None, out=None, r=None, kept=None,
-                dout=None, dh=None):
+                dout=None, dh=None, dend=None, dg0=None, dpast=None):
     """Add the arguments of a layer to the call `c`, all but the last, `grads`; here and in `10`.
     `ps`, `nums` as `layer_params` gives them, with η for its logarithm; `states`: what `kept` is."""
     (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_v) = ps, nums
@@ -1223,8 +1261,11 @@ def _layer_args(c, h, ps, nums, states, cut=None, past=None, g0=None, end=None, 
     c.may('g0', g0, torch.float64, B, C, 4).may('end', end, torch.float64, B, C, 4)
     need('dout', dout, d, B, N, features*C)
     need('dh', dh, d, B, N, F_)
+    c.may('dend', dend, torch.float64, B, C, 4).may('dg0', dg0, torch.float64, B, C, 4)
+    c.may('dpast', dpast, d, B, 3, n_in*C)
     return c
 
+# %% ../nbs/02b_fused_layers.ipynb #2b9634ad
 def _enter_layer(name, h, ps, nums, grads=None, **tensors): # run the layer's kernel
     c, (taps, *_, scale, weight) = _LayerCall(h), ps
     _layer_args(c, h, ps, nums, (c.real, *_kept_shape(h, scale)), **tensors)
@@ -1236,22 +1277,24 @@ def _kept_shape(h, scale):
     return h.shape[0], (h.shape[1] + rows - 1)//rows, 4, len(scale)
 
 # %% ../nbs/02b_fused_layers.ipynb #f392aff4
-def _layer(h, cut, ps, nums, past=None, g0=None, keep=True):
-    "Forward on the CPU: output; to `keep` 1/r and the states at the blocks, otherwise the state at the end."
+def _layer(h, cut, ps, nums, past=None, g0=None, keep=True, end=False):
+    "Forward on the CPU: output; to `keep` 1/r and the states at the blocks; the state at the `end`."
     h, (cut, *ps) = _by_rows(h), _tidy(cut, *ps)
     (B,N,_), scale = h.shape, ps[4]
     out, f = _new(h.dtype, B, N, nums[2]*len(scale)), scale.dtype
     r, kept = (_new(f, B, N), _kept(h, scale)) if keep else (None, None)
-    end = None if keep else torch.zeros(B, len(scale), 4, dtype=torch.float64, device='cpu')
+    end = torch.zeros(B, len(scale), 4, dtype=torch.float64, device='cpu') if end or not keep else None
     _enter_layer('bk_layer', h, ps, nums, cut=cut, past=past, g0=g0, end=end, out=out, r=r, kept=kept)
     return out, r, kept, end
 
-def _layer_backward(g, h, cut, ps, nums, out, r, kept):
-    "Gradient of h, and those of the parameters in one row: taps, bias, scale, E, eta, weight."
+def _layer_backward(g, h, cut, ps, nums, out, r, kept, past=None, **states):
+    """Gradient of h, and those of the parameters in one row: taps, bias, scale, E, eta, weight. `states`:
+    the gradient `dend` of the state at the end; where those of the one before go, `dg0`, `dpast`."""
     h, (g, cut, *ps) = _by_rows(h), _tidy(g, cut, *ps)
     taps, scale = ps[0], ps[4]
     dh, grads = _new(h.dtype, *h.shape), _new(scale.dtype, taps.numel() + (4 + nums[2])*len(scale))
-    _enter_layer('bk_layer_backward', h, ps, nums, grads, cut=cut, out=out, r=r, kept=kept, dout=g, dh=dh)
+    _enter_layer('bk_layer_backward', h, ps, nums, grads, cut=cut, past=past, out=out, r=r, kept=kept, dout=g,
+                 dh=dh, **states)
     return dh, grads
 
 # %% ../nbs/02b_fused_layers.ipynb #c0049
@@ -1382,14 +1425,70 @@ def _as_built(layer, *linears):
 def _watching(): # jit tracing, dual numbers
     return torch._C._get_tracing_state() is not None or torch.autograd.forward_ad._current_level >= 0
 
-def _plainly(layer, x, state, cut, ps): # eager: nothing watches, one type, no gradient through a state
-    states = [] if state is None else [t for s in state for t in (s if isinstance(s, (tuple, list)) else [s])]
-    ts = [x, cut, *states, *ps]
+def _tensors(state): # of a layer
+    return [] if state is None else [t for s in state for t in (s if isinstance(s, (tuple, list)) else [s])]
+
+def _plainly(layer, x, state, cut, ps): # eager: nothing watches, one type
+    ts = [x, cut, *_tensors(state), *ps]
     return unwatched(*ts) and not _watching() and all(p is None or p.dtype == ps[0].dtype for p in ps)
 
-def _needs_grad(x, ps): return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *ps))
+def _takes(m, h, lanes, *ts): # between the projections, for tensors that nothing watches
+    (B,N,_), wide = h.shape, lanes*h.shape[0] >= 16*_threads()
+    return (h.device.type == 'cpu' and h.dtype in _KINDS and N and (N < 2048 or wide) and _as_built(m)
+            and not _watching() and unwatched(h, *(t for t in (*ts, *m.parameters()) if t is not None)))
+
+def _needs_grad(*ts): return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in ts)
 def _layer_built(t): return LAYER[t].load() is not None
 _layer_built._dynamo_marked_constant = True             # a compiler asks once
+
+# %% ../nbs/02b_fused_layers.ipynb #02b57a70
+class _MixerState(torch.autograd.Function):
+    "The kernel with a state before and after it, through which gradients go."
+    @staticmethod
+    def forward(ctx, nums, h, past, state, cut, taps, bias, E, log_eta, scale, weight):
+        ps = taps, bias, E, log_eta.exp(), scale, weight
+        past, state = _tidy(past, state)
+        out, r, kept, end = _layer(h, cut, ps, nums, past, state, end=True)
+        ctx.nums = nums
+        ctx.save_for_backward(h, past, cut, *ps, out, r, kept)
+        return out, end
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, dend):
+        h, past, cut, taps, bias, E, eta, scale, weight, *rest = ctx.saved_tensors
+        dg0, dpast = torch.empty_like(dend), None if past is None else torch.empty_like(past)
+        dh, s = _layer_backward(g, h, cut, (taps, bias, E, eta, scale, weight), ctx.nums, *rest, past,
+                                dend=dend.contiguous(), dg0=dg0, dpast=dpast)
+        dt, db, ds, dE, dn, dw = _split(s, taps, scale)
+        dg0 = dg0 if ctx.needs_input_grad[3] else None
+        return None, dh, dpast, dg0, None, dt, None if bias is None else db, dE, dn*eta, ds, dw
+
+# %% ../nbs/02b_fused_layers.ipynb #02b57a74
+def mixer_between(
+    m:BKMixer,
+    h:Tensor,    # (B, N, F) what its `in_proj` gave
+    past:Tensor, # (B, 3, P) the rows before, for the convolution, or None
+    chain:tuple, # (g, y) of the chains before, each (B, C) complex, or None
+    cut:Tensor,  # (B, N) bool, or None
+):               # (B, N, features·C), and the new (g, y); None where the kernel cannot
+    "From one projection to the other with a state, by the kernel; differentiable by all it is given."
+    if not m.causal or not _takes(m, h, m.channels, past, *(chain or ())): return None
+    if not _layer_built(h.dtype): return None
+    ps, nums = layer_params(m, h.dtype)
+    g0 = None if chain is None else torch.cat([torch.view_as_real(s) for s in chain], -1).double()
+    y, end = _MixerState.apply(nums, h, past, g0, cut, *ps)
+    return y, tuple(torch.view_as_complex(e.contiguous()) for e in end.to(_real(h.dtype)).split(2, -1))
+
+def _mixer_with_state(m, x, state, cut, return_state, t):
+    if not x.shape[1]: return None
+    h, (tail, chain) = m.in_proj(x).to(t), (None, None) if state is None else state
+    past = None if tail is None else tail.to(t)
+    got = mixer_between(m, h, past, chain, cut)
+    if got is None: return None
+    y, chain = m.out_proj(got[0]), got[1]
+    if not return_state: return y
+    return y, (None if m.conv is None else m.conv.tail(h[...,:m.n_in*m.channels], past, cut), chain)
 
 # %% ../nbs/02b_fused_layers.ipynb #64cee0d3
 def _mixer_on_cpu(m, x, state, cut, return_state):
@@ -1405,8 +1504,10 @@ def _mixer_on_cpu(m, x, state, cut, return_state):
         return m.out_proj(layer_op(m.in_proj(x), cut, *ps, *nums)[0])
     own = list(m.parameters())
     if not _plainly(m, x, state, cut, own): return None
-    need = _needs_grad(x, own)
-    if need and (state is not None or return_state) or not _layer_built(t): return None
+    need = _needs_grad(x, *own, *_tensors(state))
+    if not _layer_built(t): return None
+    if need and (state is not None or return_state):
+        return _mixer_with_state(m, x, state, cut, return_state, t)
     ps, nums = layer_params(m, t)
     if need and whole:
         return _Node.apply(_MixerKernel, x, m.in_proj.weight, m.out_proj.weight, nums, cut, *ps)
@@ -1519,10 +1620,10 @@ template <class T, class M> struct Decays {
   const uint8_t* cut;
   const T *bias, *E, *eta;
   T *la, *g;
-  const T *g0, *dla;
+  const T *g0, *dla, *dend;  // dend, dg0: gradients of the last token's g, and of g0
   M* dh;
   I F;
-  T* grads;
+  T *dg0, *grads;
   int threads;  // g: (B, N, H) complex; g0: (B, H), of the token before; grads: bias, E, eta (H)
   struct Lane {
     I n, at[W], gt[W], b[W], hd[W];
@@ -1595,6 +1696,10 @@ CPP_ATTENTION += Cpp(r'''
       Lane l = lane(first);
       Z L = {V{}, V{}};
       V sb = {}, se = {}, sn = {};
+      for (int i = 0; dend && i < l.n; i++) {
+        L.re[i] = -dend[2 * (first + i)];
+        L.im[i] = -dend[2 * (first + i) + 1];
+      }
       for (I t = N - 1; t >= 0; t--) {
         Z p = {V{} + 1, V{}};
         V d = {};
@@ -1618,13 +1723,18 @@ CPP_ATTENTION += Cpp(r'''
         q[1] = se[i];
         q[2] = sn[i];
       }
-    }
 ''')
 CPP_ATTENTION
 
 # %% ../nbs/02b_fused_layers.ipynb #92d7a9c7
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
+      if (N && cut) L = L * bond(l, 0);
+      for (int i = 0; dg0 && i < l.n; i++) {
+        dg0[2 * (first + i)] = -L.re[i];
+        dg0[2 * (first + i) + 1] = -L.im[i];
+      }
+    }
     for (I k = 0; k < 3 * H; k++) {
       double x = 0;
       for (I b = 0; b < B; b++) x += sums[(b * H + k % H) * 3 + k / H];
@@ -1649,10 +1759,10 @@ template <class T, class M> struct Attention : AttentionArgs<T, M> {
   double eps;
   M* out;
   T *r, *kept, *end;
-  const T* S0;
+  const T *S0, *dend;  // of the state: at the start, and the gradient of the one at the end
   const M* dout;
-  M* dh;
-  T *dla, *grads;
+  M *dh, *dpast;
+  T *dla, *grads, *dS0;
   double* sums;  // grads: taps (CW, 3D), weight (d); sums: the same per thread
   I D() const { return H * d; }
   bool far(I width) const { return B * N * width * (I)sizeof(M) > (I)(8 << 20); }
@@ -2172,7 +2282,20 @@ void load_back(Work& o, I b, I hd, I t0, I n, double* sum) const {
 ''')
 CPP_ATTENTION_BACKWARD
 
-# %% ../nbs/02b_fused_layers.ipynb #c0088
+# %% ../nbs/02b_fused_layers.ipynb #c0088ab1
+#| echo: false
+CPP_ATTENTION_BACKWARD += Cpp(r'''
+void owe(const Work& o, I b, I hd) const {  // the convolution's share of the rows before the first
+  for (int p = 0; p < 3; p++)
+    for (int j = 0; j < CW - 1; j++)
+      for (I c = 0; c < d; c += W)
+        ME::stream(dpast + (b * (CW - 1) + j) * 3 * D() + p * D() + hd * d + c,
+                   from<T>(o.owed + (p * CW + j) * d + c), W, false);
+}
+''')
+CPP_ATTENTION_BACKWARD
+
+# %% ../nbs/02b_fused_layers.ipynb #c0088ab0
 #| echo: false
 CPP_ATTENTION_BACKWARD += Cpp(r'''
 void backward() {
@@ -2186,6 +2309,12 @@ void backward() {
     grads[i] = T(x);
   }
 }
+''')
+CPP_ATTENTION_BACKWARD
+
+# %% ../nbs/02b_fused_layers.ipynb #c0088
+#| echo: false
+CPP_ATTENTION_BACKWARD += Cpp(r'''
 void sweep_back() const {
   const std::unique_ptr<T[]> all = memory();
 #pragma omp parallel num_threads(threads)
@@ -2197,10 +2326,11 @@ void sweep_back() const {
     for (I task = 0; task < B * H; task++) {
       I b = task / H, hd = task % H;
       std::fill(o.owed, o.owed + 3 * CW * d, T(0));
+      if (dend) std::copy(dend + task * d * d, dend + (task + 1) * d * d, o.dS);
       for (I k = chunks() - 1; k >= 0; k--) {
         const I t0 = k * Q, n = std::min<I>(Q, N - t0);
-        const bool have = k > 0, later = k < chunks() - 1;
-        const T* S = have ? state(task, k) : nullptr;
+        const bool have = k || S0, later = k < chunks() - 1 || dend;
+        const T* S = k ? state(task, k) : S0 ? S0 + task * d * d : nullptr;
         const M* soon = k ? at(task, t0 - Q) : at(task + 1, (chunks() - 1) * Q);
         load<true>(o, b, hd, t0, n, soon);
         chunk(o, n, S, have);
@@ -2209,6 +2339,8 @@ void sweep_back() const {
         load_back(o, b, hd, t0, n, sum);
         for (I i = 0; i < n; i++) dla[(b * N + t0 + i) * H + hd] = o.da[i];
       }
+      if (dS0) std::copy(o.dS, o.dS + d * d, dS0 + task * d * d);
+      if (dpast) owe(o, b, hd);
     }
 ''')
 CPP_ATTENTION_BACKWARD
@@ -2239,7 +2371,10 @@ template <class T, class M> int attention(const I* a, bool back) {
   l.dout = (const M*)q[5];
   l.dh = (M*)q[6];
   l.dla = (T*)q[7];
-  l.grads = (T*)q[8];
+  l.dend = (const T*)q[8];
+  l.dS0 = (T*)q[9];
+  l.dpast = (M*)q[10];
+  l.grads = (T*)q[11];
   if (l.B && l.N) back ? l.backward() : l.forward();
   else if (back) std::fill(l.grads, l.grads + 12 * l.D() + l.d, T(0));
   return 0;
@@ -2273,7 +2408,9 @@ template <class T, class M> int decays(const I* a, bool back) {
   l.g0 = (const T*)q[6];
   l.dla = (const T*)q[7];
   l.dh = (M*)q[8];
-  l.grads = (T*)q[9];
+  l.dend = (const T*)q[9];
+  l.dg0 = (T*)q[10];
+  l.grads = (T*)q[11];
   back ? l.backward() : l.forward();
   return 0;
 }
@@ -2304,7 +2441,7 @@ def _attention_args(c, h, past, cut, taps, log_g, weight, eps):
     return c.must('log_g', log_g, f, B, N, H).must('weight', weight, f, d_head)
 
 def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, end=None, out=None, r=None,
-                     kept=None, dout=None, dh=None, dg=None, grads=None):
+                     kept=None, dout=None, dh=None, dg=None, grads=None, dend=None, dS=None, dpast=None):
     (B,N,F_), H, d_head, back = h.shape, log_g.shape[-1], len(weight), dout is not None
     c, D = _LayerCall(h), H*d_head
     f, d = c.real, c.data
@@ -2318,26 +2455,30 @@ def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, 
     need('dout', dout, d, B, N, D)
     need('dh', dh, d, B, N, F_)
     need('dg', dg, f, B, N, H)
+    c.may('dend', dend, f, B, H, d_head, d_head).may('dS', dS, f, B, H, d_head, d_head)
+    c.may('dpast', dpast, d, B, 3, 3*D)
     need('grads', grads, f, taps.numel() + d_head)
     c.enter(ATTENTION[d], name)
 
 # %% ../nbs/02b_fused_layers.ipynb #c0091
-def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True):
-    "Forward on the CPU: output; to `keep` 1/r and the states at the chunks, otherwise the state at the end."
+def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True, end=False):
+    "Forward on the CPU: output; to `keep` 1/r and the states at the chunks; the state at the `end`."
     h, (cut, taps, log_g, weight) = _by_rows(h), _tidy(cut, taps, log_g, weight)
     (B,N,_), H, d, f = h.shape, log_g.shape[2], len(weight), weight.dtype
-    out, end = _new(h.dtype, B, N, H*d), None if keep else torch.zeros(B, H, d, d, dtype=f, device='cpu')
+    out = _new(h.dtype, B, N, H*d)
+    end = torch.zeros(B, H, d, d, dtype=f, device='cpu') if end or not keep else None
     r, kept = (_new(f, B, N, H), _kept_states(h, H, weight)) if keep else (None, None)
     _enter_attention('bk_attention', h, cut, taps, log_g, weight, eps, past, S, end, out, r, kept)
     return out, r, kept, end
 
-def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps):
-    "Gradients of h and log_g; of taps and weight in one row. Columns behind the gate are not written."
+def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps, past=None, S=None, **states):
+    """Gradients of h and log_g; of taps and weight in one row. Columns behind the gate are not written.
+    `states`: the gradient `dend` of the state at the end; where those of S and past go, `dS` and `dpast`."""
     h, (g, cut, taps, log_g, weight) = _by_rows(h), _tidy(g, cut, taps, log_g, weight)
     dh, dg = _new(h.dtype, *h.shape), _new(log_g.dtype, *log_g.shape)
     grads = _new(taps.dtype, taps.numel() + len(weight))
-    _enter_attention('bk_attention_backward', h, cut, taps, log_g, weight, eps, out=out, r=r, kept=kept,
-                     dout=g, dh=dh, dg=dg, grads=grads)
+    _enter_attention('bk_attention_backward', h, cut, taps, log_g, weight, eps, past, S, None, out, r, kept,
+                     g, dh, dg, grads, **states)
     return dh, dg, grads
 
 # %% ../nbs/02b_fused_layers.ipynb #c0092
@@ -2375,7 +2516,8 @@ def _attention_grads(ctx, g, *_):
 torch.library.register_autograd(attention_op, _attention_grads, setup_context=_attention_setup)
 
 # %% ../nbs/02b_fused_layers.ipynb #67b9f40b
-def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, dh=None, grads=None):
+def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, dh=None, grads=None,
+                  dend=None, dg0=None):
     (B,N,F_), H, back = h.shape, len(bias), dg is not None
     if col + H > F_: raise ValueError(f'h: want {col + H} columns; got {F_}')
     c = _LayerCall(h)
@@ -2387,6 +2529,7 @@ def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, d
     need = c.must if back else c.may
     need('dg', dg, f, B, N, H)
     need('dh', dh, c.data, B, N, F_)
+    c.may('dend', dend, f, B, H, 2).may('dg0', dg0, f, B, H, 2)
     need('grads', grads, f, 3, H)
     c.enter(ATTENTION[c.data], name)
 
@@ -2419,6 +2562,79 @@ def attention_params(m:BKAttention, t): # of the data h
     ps = m.absorb_bias, m.spectrum.E, m.spectrum.log_eta, m.norm.weight
     return [_taps(m.conv, 3*m.d_model, m.norm.weight, f), *(p.to(f).contiguous() for p in ps)]
 
+# %% ../nbs/02b_fused_layers.ipynb #02b57a71
+class _DecayState(torch.autograd.Function): # h: (B, N, H) absorption of the heads before its bias
+    @staticmethod
+    def forward(ctx, h, g0, cut, bias, E, log_eta):
+        g0, = _tidy(g0)
+        eta = log_eta.exp()
+        log_g, g = _decays(h, 0, cut, bias, E, eta, g0)
+        ctx.save_for_backward(h, g0, cut, bias, E, eta, log_g, g)
+        return log_g, g[:,-1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlog_g, dend):
+        h, g0, cut, bias, E, eta, log_g, g = ctx.saved_tensors
+        dh, s = _new(h.dtype, *h.shape), torch.zeros(3, len(bias), dtype=bias.dtype, device='cpu')
+        dg0 = torch.empty_like(dend)
+        _enter_decays('bk_decays_backward', _by_rows(h), 0, *_tidy(cut), bias, E, eta, log_g, g, g0,
+                      dlog_g.contiguous(), dh, s, dend.contiguous(), dg0)
+        return dh, dg0 if ctx.needs_input_grad[1] else None, None, s[0], s[1], s[2]*eta
+
+class _AttentionState(torch.autograd.Function):
+    "The kernel with a state before and after it, through which gradients go."
+    @staticmethod
+    def forward(ctx, eps, h, log_g, past, S, cut, taps, weight):
+        past, S = _tidy(past, S)
+        out, r, kept, end = _attention(h, cut, taps, log_g, weight, eps, past, S, end=True)
+        ctx.eps = eps
+        ctx.save_for_backward(h, log_g, past, S, cut, taps, weight, out, r, kept)
+        return out, end
+
+# %% ../nbs/02b_fused_layers.ipynb #02b57a72
+@torch.autograd.function.once_differentiable
+def _attention_state_backward(ctx, g, dend):
+    h, log_g, past, S, cut, taps, weight, *rest = ctx.saved_tensors
+    dS, dpast = (None if t is None else torch.empty_like(t) for t in (S, past))
+    dh, dlog_g, s = _attention_backward(g, h, cut, taps, log_g, weight, *rest, ctx.eps, past, S,
+                                        dend=dend.contiguous(), dS=dS, dpast=dpast)
+    dh[...,4*taps.shape[1]//3:] = 0
+    n = taps.numel()
+    return None, dh, dlog_g, dpast, dS, None, s[:n].view_as(taps), s[n:].clone()
+_AttentionState.backward = staticmethod(_attention_state_backward)
+
+# %% ../nbs/02b_fused_layers.ipynb #02b57a73
+def attention_between(
+    m:BKAttention,
+    h:Tensor,     # (B, N, 4·D) what its `in_proj` gave
+    log_g:Tensor, # (B, N, H) log|g| of the heads' chains
+    past:Tensor,  # (B, 3, 3·D) the rows before, for the convolution, or None
+    S:Tensor,     # (B, H, d, d) or None
+    cut:Tensor,   # (B, N) bool, or None
+):                # (B, N, D), and the new S; None where the kernel cannot
+    "From one projection to the other with a state, by the kernel; differentiable by all it is given."
+    d = m.d_model//m.n_heads
+    if m.phase or d % (8 if h.dtype == torch.float64 else 16): return None
+    if not _takes(m, h, 16*m.n_heads, log_g, past, S) or not _attention_built(h.dtype): return None
+    taps, *_, weight = attention_params(m, h.dtype)
+    return _AttentionState.apply(m.norm.eps, h, log_g, past, S, cut, taps, weight)
+
+def _attention_with_state(m, x, state, cut, return_state, t):
+    if not x.shape[1]: return None
+    (_, bias, E, log_eta, _), f = attention_params(m, t), _real(t)
+    tail, g0, S = (None, None, None) if state is None else state
+    past = None if tail is None else tail.to(t)
+    g0 = None if g0 is None else torch.view_as_real(g0).to(f)
+    h = m.in_proj(x).to(t)
+    log_g, g = _DecayState.apply(m.absorb_proj(x).to(t), g0, cut, bias, E, log_eta)
+    got = attention_between(m, h, log_g, past, None if S is None else S.to(f), cut)
+    if got is None: return None
+    y, S = m.out_proj(got[0]), got[1]
+    if not return_state: return y
+    tail = None if m.conv is None else m.conv.tail(h[...,:3*m.d_model], past, cut)
+    return y, (tail, torch.view_as_complex(g), S)
+
 # %% ../nbs/02b_fused_layers.ipynb #5db46943
 def _attention_built(t): return ATTENTION[t].load() is not None
 _attention_built._dynamo_marked_constant = True
@@ -2434,8 +2650,10 @@ def _attention_on_cpu(m, x, state, cut, return_state):
         return _attention_compiled(m, x, cut) if _attention_built(t) else None
     ts = list(m.parameters())
     if not _plainly(m, x, state, cut, ts): return None
-    need = _needs_grad(x, ts)
-    if need and (state is not None or return_state) or not _attention_built(t): return None
+    need = _needs_grad(x, *ts, *_tensors(state))
+    if not _attention_built(t): return None
+    if need and (state is not None or return_state):
+        return _attention_with_state(m, x, state, cut, return_state, t)
     if need and not whole: return _attention_compiled(m, x, cut)
     ps = attention_params(m, t)
     if need:

@@ -196,14 +196,9 @@ def forward(self:BKMixer,
     _check(self, x, state, cut)
     y = _by_kernel(self, x, state, cut, return_state)
     if y is not None: return y
-    n, h = self.n_in*self.channels, self.in_proj(x)
-    x, gate = h.split([n, h.shape[-1] - n], -1)
     tail, chain = (None, None) if state is None else state
-    if self.conv is not None: x, tail = self.conv(x, tail, cut)
-    y, chain = self._solve(*self._parts(x), cut, chain, return_state)
-    y = torch.view_as_real(y) if self.features == 2 else y.real[...,None]             # (B, N, C, features)
-    y = _normed(self.norm, y.flatten(-2)).unflatten(-1, y.shape[-2:])*F.silu(_float(gate))[...,None]
-    y = self.out_proj(y.flatten(-2).to(h.dtype))
+    y, tail, chain = self._between(self.in_proj(x), tail, chain, cut, return_state)
+    y = self.out_proj(y)
     return (y, (tail, chain)) if return_state else y
 
 # %% ../nbs/02_mixers.ipynb #c0019
@@ -214,6 +209,17 @@ def _parts(self:BKMixer, x):
     if self.conv is not None: u = F.silu(u)
     w = F.softplus(rest.pop(0) + self.absorb_bias) if self.absorb else None
     return u, w, self.v_max*torch.tanh(rest[0]) if rest else None
+
+@patch
+def _between(self:BKMixer, h, tail, chain, cut, return_state):
+    "From one projection to the other, and the new state."
+    n = self.n_in*self.channels
+    x, gate = h.split([n, h.shape[-1] - n], -1)
+    if self.conv is not None: x, tail = self.conv(x, tail, cut)
+    y, chain = self._solve(*self._parts(x), cut, chain, return_state)
+    y = torch.view_as_real(y) if self.features == 2 else y.real[...,None]             # (B, N, C, features)
+    y = _normed(self.norm, y.flatten(-2)).unflatten(-1, y.shape[-2:])*F.silu(_float(gate))[...,None]
+    return y.flatten(-2).to(h.dtype), tail, chain
 
 @patch
 def _solve(self:BKMixer, u, w, v, cut, state, return_state):
@@ -446,34 +452,37 @@ def forward(self:BKAttention,
     y = _by_kernel(self, x, state, cut, return_state)
     if y is not None: return y
     h, w = self.in_proj(x), F.softplus(_float(self.absorb_proj(x)) + self.absorb_bias)
-    D, (tail, *chain) = self.d_model, (None,) if state is None else state
-    x, gate = h.split([3*D, D], -1)
-    if self.conv is not None: x, tail = self.conv(x, tail, cut)
-    y, chain = self._read(*self._heads(x), w, cut, chain or None, return_state)
-    gate = F.silu(_float(gate)).unflatten(-1, (self.n_heads, -1))
-    y = self.out_proj((_normed(self.norm, y)*gate).flatten(-2).to(h.dtype))
-    return (y, (tail, *chain)) if return_state else y
+    tail, g0, S = (None, None, None) if state is None else state
+    hop = _hop_of(cut, state)
+    if hop is not None: hop = hop.to(w.dtype).expand(-1, -1, self.n_heads)
+    g = resolvent_diag(None, self.spectrum(), w, hop, causal=True, state=g0)
+    y, tail, S = self._between(h, g, hop, tail, S, cut, return_state)
+    y = self.out_proj(y)
+    if not return_state: return y
+    # an empty piece leaves the state as it was
+    return y, (tail, g[:,-1] if g.shape[1] else g.new_zeros(len(g), self.n_heads) if g0 is None else g0, S)
 
 # %% ../nbs/02_mixers.ipynb #786d23e6
 @patch
 def _heads(self:BKAttention, x):
     "Queries and keys of length one, and values: each (B, N, H, d)."
-    x = _float(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).contiguous() # heads outside in memory
+    x = _float(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
+    x = x.contiguous() # heads outside in memory
     q, k, v = F.silu(x).transpose(2, 3).unbind(0)
     return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
 @patch
-def _read(self:BKAttention, q, k, v, w, cut, state, return_state):
-    "What the queries find, (B, N, H, d), and the new (g of the heads' chains, S)."
-    (g0, S), hop = state or (None, None), _hop_of(cut, state)
-    if hop is not None: hop = hop.to(w.dtype).expand(-1, -1, self.n_heads)
-    g = resolvent_diag(None, self.spectrum(), w, hop, causal=True, state=g0)
-    if self.phase: return _with_phase(q, k, v, g), None
-    y = resolvent_attention(q, k, v, g.abs(), hop, S, return_state, self.chunk)
-    if not return_state: return y, None
-    # an empty piece leaves the state as it was
-    end = g[:,-1] if g.shape[1] else g.new_zeros(len(g), self.n_heads) if g0 is None else g0
-    return y[0], (end, y[1])
+def _between(self:BKAttention, h, g, hop, tail, S, cut, return_state):
+    "From the projection and the pivots to what is projected back; the new conv tail and state."
+    x, gate = h.split([3*self.d_model, h.shape[-1] - 3*self.d_model], -1)
+    if self.conv is not None: x, tail = self.conv(x, tail, cut)
+    q, k, v = self._heads(x)
+    if self.phase: y = _with_phase(q, k, v, g)
+    else:
+        y = resolvent_attention(q, k, v, g.abs(), hop, S, return_state, self.chunk)
+        if return_state: y, S = y
+    y = _normed(self.norm, y)*F.silu(_float(gate)).unflatten(-1, y.shape[2:])
+    return y.flatten(-2).to(h.dtype), tail, S
 
 # %% ../nbs/02_mixers.ipynb #c0068
 def _with_phase(q, k, v, g):

@@ -7,8 +7,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='needs gloo')
 
-def launch(n, args, cwd, timeout=300):
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+def launch(n, args, cwd, timeout=300, **more):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **more}
     how = ['-m', 'torch.distributed.run', '--nproc-per-node', str(n), '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0'] if n > 1 else []
     p = subprocess.run([sys.executable, *how, *map(str, args)], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
     assert p.returncode == 0, f'exit {p.returncode}\n{p.stdout[-3000:]}\n{p.stderr[-3000:]}'
@@ -54,21 +54,34 @@ def test_processes_equal_one(n, tmp_path):
     sent = [int(re.search(r'exact (\d+)', launch(n, [f], tmp_path)).group(1)) for f in ('exact.py', 'longer.py')]
     assert sent[0] == sent[1] > 0
 
-def train(n, folder, *args):
-    common = '--corpus stdlib --d_model 32 --n_layers 2 --context 33 --batch_size 2 --quiet --device cpu --checkpoint_every 3 --eval_every 0'.split()
-    return launch(n, ['-m', 'resnet_bk.cli', 'train', '--folder', folder, *([] if '--resume' in args else common), *args], ROOT)
+STOP = """
+import os
+from resnet_bk.learner import Callback, CancelFit, by_default
+@by_default
+class Stop(Callback):
+    order = 100
+    def before_run(self): self.learn.log_every = 1
+    def after_step(self):
+        if self.learn.step == int(os.environ['STOP']): raise CancelFit('here')
+"""
+
+def train(n, folder, *args, stop=9):
+    common = '--corpus text.txt --d_model 32 --n_layers 2 --context 33 --batch_size 2 --quiet --device cpu --use stop --steps 6'.split()
+    return launch(n, ['-m', 'resnet_bk.cli', 'train', '--folder', folder, *(['--use', 'stop'] if '--resume' in args else common), *args], folder.parent, STOP=str(stop))
 
 def losses(folder): return [json.loads(l)['loss_lm'] for l in (folder/'metrics.jsonl').read_text().splitlines()]
 
 def test_training_equals_one_process(tmp_path):
     "bk_train --context_parallel with 2 processes, sharded or not, reads the batches and reaches the losses of one process; a run of 2 goes on with 4"
-    train(1, tmp_path/'one', '--steps', '6')
-    said = train(2, tmp_path/'two', '--steps', '6', '--context_parallel')
+    (tmp_path/'stop.py').write_text(STOP)
+    (tmp_path/'text.txt').write_text(" ".join(str(i*i) for i in range(3000)))
+    train(1, tmp_path/'one')
+    said = train(2, tmp_path/'two', '--context_parallel')
     assert '2×33 tokens a step' in said and '2 processes' in said
-    train(2, tmp_path/'shard', '--steps', '6', '--context_parallel', '--shard')
-    train(2, tmp_path/'more', '--steps', '3', '--context_parallel')
-    train(4, tmp_path/'more', '--resume', '--steps', '6')
+    train(2, tmp_path/'shard', '--context_parallel', '--shard')
+    train(2, tmp_path/'more', '--context_parallel', stop=3)
+    train(4, tmp_path/'more', '--resume')
     want = losses(tmp_path/'one')
     for name in ('two', 'shard', 'more'):
         got = losses(tmp_path/name)
-        assert len(got) == len(want) and max(abs(a - b) for a,b in zip(got, want)) < 1e-5, (name, got, want)
+        assert len(got) == len(want) == 6 and max(abs(a - b) for a,b in zip(got, want)) < 1e-5, (name, got, want)
