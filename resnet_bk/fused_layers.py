@@ -1476,7 +1476,8 @@ def mixer_between(
     if not m.causal or not _takes(m, h, m.channels, past, *(chain or ())): return None
     if not _layer_built(h.dtype): return None
     ps, nums = layer_params(m, h.dtype)
-    g0 = None if chain is None else torch.cat([torch.view_as_real(s) for s in chain], -1).double()
+    parts = [torch.view_as_real(s.resolve_conj()) for s in chain or ()]
+    g0 = torch.cat(parts, -1).double() if parts else None
     y, end = _MixerState.apply(nums, h, past, g0, cut, *ps)
     return y, tuple(torch.view_as_complex(e.contiguous()) for e in end.to(_real(h.dtype)).split(2, -1))
 
@@ -2625,7 +2626,7 @@ def _attention_with_state(m, x, state, cut, return_state, t):
     (_, bias, E, log_eta, _), f = attention_params(m, t), _real(t)
     tail, g0, S = (None, None, None) if state is None else state
     past = None if tail is None else tail.to(t)
-    g0 = None if g0 is None else torch.view_as_real(g0).to(f)
+    g0 = None if g0 is None else torch.view_as_real(g0.resolve_conj()).to(f)
     h = m.in_proj(x).to(t)
     log_g, g = _DecayState.apply(m.absorb_proj(x).to(t), g0, cut, bias, E, log_eta)
     got = attention_between(m, h, log_g, past, None if S is None else S.to(f), cut)
