@@ -208,7 +208,7 @@ class AttentionRule:
         return y, (S,)
     def plain(self, h, log_g, past, S):
         hop = None if self.cut is None else (~self.cut)[...,None].to(log_g).expand_as(log_g)
-        y, _, S = self.mixer._between(h, log_g.exp(), hop, past, S, self.cut, True)
+        y, _, S = self.mixer._between(h, log_g.exp(), hop, self.cut, past, S, True)
         return y, S*1
 
 # %% ../nbs/12d_context.ipynb #867c2696

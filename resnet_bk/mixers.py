@@ -456,7 +456,7 @@ def forward(self:BKAttention,
     hop = _hop_of(cut, state)
     if hop is not None: hop = hop.to(w.dtype).expand(-1, -1, self.n_heads)
     g = resolvent_diag(None, self.spectrum(), w, hop, causal=True, state=g0)
-    y, tail, S = self._between(h, g, hop, tail, S, cut, return_state)
+    y, tail, S = self._between(h, g, hop, cut, tail, S, return_state)
     y = self.out_proj(y)
     if not return_state: return y
     # an empty piece leaves the state as it was
@@ -472,7 +472,7 @@ def _heads(self:BKAttention, x):
     return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
 @patch
-def _between(self:BKAttention, h, g, hop, tail, S, cut, return_state):
+def _between(self:BKAttention, h, g, hop, cut, tail, S, return_state):
     "From the projection and the pivots to what is projected back; the new conv tail and state."
     x, gate = h.split([3*self.d_model, h.shape[-1] - 3*self.d_model], -1)
     if self.conv is not None: x, tail = self.conv(x, tail, cut)
