@@ -8,14 +8,12 @@ __all__ = ['CLUSTERS', 'on_processes', 'ring_bytes', 'step_bytes', 'bytes_sent',
            'gpu_memory', 'scale_table']
 
 # %% ../nbs/12c_distributed.ipynb #6619076d
-import inspect, io, json, math, os, shutil, socket, struct, sys, tempfile
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+import inspect, math, os, shutil, socket, stat, struct, sys, tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
-from fastcore.basics import patch
 from safetensors.torch import save_file
 from .mixers import BKAttention, ShortConv
 from .learner import Callback, Learner, register_metric
@@ -75,9 +73,10 @@ def bytes_sent()->int: # by this process over the TCP connections it has open no
     if not sys.platform.startswith('linux'): return None
     total = 0
     for fd in os.listdir('/proc/self/fd'):
-        try: s = socket.socket(fileno=os.dup(int(fd)))
-        except OSError: continue # not a socket
-        with s:
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(fd)).st_mode): continue
+        except OSError: continue # closed since
+        with socket.socket(fileno=os.dup(int(fd))) as s:
             if s.family not in (socket.AF_INET, socket.AF_INET6) or s.type != socket.SOCK_STREAM: continue
             try: info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             except OSError: return None
