@@ -182,7 +182,7 @@ class ShardedFormat:
         there = _sizes(reader)
         _check_same(there, learn.model)
         into = _places(there, learn.model)
-        opt = _by_number(learn.model, learn.opt, _averages(saved['opt'], into)) # errors come before any change
+        opt = _by_number(learn.model, learn.opt, _averages(saved['opt'], into)) # may raise
         _quietly(dcp.load, into, storage_reader=reader, no_dist=not learn.shard)
         learn.opt.load_state_dict(opt)
 
@@ -295,9 +295,9 @@ class Cluster:
 
     def __post_init__(self):
         for k in ('share', 'wire', 'overlap'):
-            if not 0 <= getattr(self, k) <= 1: raise ValueError(f'{k} is a share, 0 to 1; got {getattr(self, k)}')
+            if not 0 <= (v := getattr(self, k)) <= 1: raise ValueError(f'{k} is a share, 0 to 1; got {v}')
         for k in ('peak', 'share', 'memory', 'link', 'network', 'node', 'wire'):
-            if not getattr(self, k) > 0: raise ValueError(f'{k} wants more than 0; got {getattr(self, k)}')
+            if not (v := getattr(self, k)) > 0: raise ValueError(f'{k} wants more than 0; got {v}')
 
 # %% ../nbs/12c_distributed.ipynb #d1c29bc6
 _NCCL = 'NCCL, src/graph/tuning.cc, LL128 (NVIDIA/nccl 01afd20)'
@@ -387,7 +387,8 @@ def scale_table(w:Work, c:Cluster,
     for name,value,unit,source in _inputs(w):
         said.append(f'{name:14} {value:10.4g} {unit:20} {source}')
     for k,(per,unit) in _UNITS.items():
-        said.append(f'{k:14} {getattr(c, k)/per:10.4g} {unit:20} assumed: {c.sources.get(k, "given by the caller")}')
+        source = c.sources.get(k, 'given by the caller')
+        said.append(f'{k:14} {getattr(c, k)/per:10.4g} {unit:20} assumed: {source}')
     rows = [step_time(w, c, W, h) for h in how for W in worlds]
     said.append(f'\ncomputed for {c.name}\n{"":5} {"GPUs":>5} {"compute":>9} {"exchange":>9} {"step":>9} '
                 f'{"tokens/s":>12} {"efficiency":>10} {"memory":>8}  bound by')
@@ -402,7 +403,8 @@ def _inputs(w):
     yield 'operations', w.flops, 'FLOP/token', 'counted: flops_per_token, checked by FlopCounterMode'
     yield 'blocks', w.blocks, '', 'counted'
     yield 'largest piece', w.largest, 'parameters', 'counted'
-    yield 'activations', w.kept, 'bytes/token', 'measured: kept_bytes of a block (CPU, float32) times the blocks; head counted'
+    yield ('activations', w.kept, 'bytes/token',
+           'measured: kept_bytes of a block (CPU, float32) times the blocks; head counted')
     yield 'batch', w.batch, 'tokens/step', 'chosen'
     yield 'context', w.context, 'tokens', 'chosen'
     yield 'pass', w.pass_tokens, 'tokens/GPU', 'chosen'
