@@ -394,8 +394,9 @@ def scale_table(w:Work, c:Cluster,
                 f'{"tokens/s":>12} {"efficiency":>10} {"memory":>8}  bound by')
     for r in rows:
         ms = [f'{1e3*r[k]:6.0f} ms' for k in ('compute', 'exchange', 'step')]
+        fits = '' if r['fits'] else ', does not fit'
         said.append(f'{r["how"]:5} {r["gpus"]:5} {" ".join(ms)} {r["tokens_s"]:12,.0f} '
-                    f'{r["efficiency"]:10.3f} {r["memory"]/1e9:5.0f} GB  {r["bound"]}' + ('' if r['fits'] else ', does not fit'))
+                    f'{r["efficiency"]:10.3f} {r["memory"]/1e9:5.0f} GB  {r["bound"]}{fits}')
     return rows, '\n'.join(said)
 
 def _inputs(w):
