@@ -124,9 +124,9 @@ def test_dropout_goes_on_exactly(tmp_path):
     "On the same number of processes a resumed sharded run is the same to the last bit, random numbers of every process included; another global batch is refused"
     script(tmp_path, EXACT)
 
-# One run under torchrun, and what it says
+# One run under torchrun, and what it says; or under torchrun's own agent with forked workers, which import nothing again
 RUN = COMMON + '''
-mode = sys.argv[2]
+mode, world = sys.argv[2], int(sys.argv[3])
 class Slow(Callback):
     def before_step(self):
         if self.learn.step >= 5: time.sleep(.2)
@@ -138,14 +138,20 @@ class DiesSaving(Callback): # in the middle of its shard
                 (Path(self.path)/'shard-half.safetensors').write_bytes(b'x'*999)
                 os.kill(os.getpid(), signal.SIGKILL)
             W.write_data = half
-cbs = [Slow()] if mode == 'slow' else [DiesSaving()] if mode.startswith('saving') else []
-print('pid', os.environ['RANK'], os.getpid(), flush=True)
-learner(box, shard='ddp' not in sys.argv, cbs=cbs, checkpoint_every=4, log_every=1).fit(**dict(resume=True) if mode == 'resume' else dict(steps=16))
+def main():
+    cbs = [Slow()] if mode == 'slow' else [DiesSaving()] if mode.startswith('saving') else []
+    print('pid', os.environ['RANK'], os.getpid(), flush=True)
+    learner(box, shard='ddp' not in sys.argv, cbs=cbs, checkpoint_every=4, log_every=1).fit(**dict(resume=True) if mode == 'resume' else dict(steps=16))
+if 'RANK' in os.environ: main()
+elif __name__ == '__main__':
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    elastic_launch(LaunchConfig(1, 1, world, run_id=str(os.getpid()), rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method='fork', max_restarts=0), main)()
 '''
-def torchrun(folder, mode, world=2, *more):
+def torchrun(folder, mode, world=2, *more, agent='torchrun'):
     folder.mkdir(exist_ok=True)
     (folder.parent/'run.py').write_text(RUN)
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world}', str(folder.parent/'run.py'), str(folder), mode, *more]
+    own = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world}'] if agent == 'torchrun' else []
+    cmd = [sys.executable, '-W', 'ignore', *own, str(folder.parent/'run.py'), str(folder), mode, str(world), *more]
     return subprocess.Popen(cmd, env=env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def losses(folder): return [(m['step'], m['loss_total']) for m in map(json.loads, (folder/'metrics.jsonl').read_text().splitlines())]
@@ -161,17 +167,17 @@ def goes_on(folder, world, last, straight):
     "The newest checkpoint is whole, and a run that goes on from it on `world` processes gives the losses of one that was not killed"
     have = list_checkpoints(folder/'checkpoints')
     assert have[0].name == last and all(check_checkpoint(p) == '' for p in have), have
-    p = torchrun(folder, 'resume', world)
+    p = torchrun(folder, 'resume', world, agent='forked')
     out, err = p.communicate(timeout=200)
     assert p.returncode == 0 and f'resumed from {last}' in out, out + err
     same(losses(folder), straight)
     assert not list((folder/'checkpoints').glob('tmp-*')) and newest_checkpoint(folder/'checkpoints').name == 'step-00000016'
 
-@pytest.mark.parametrize('world, victim, how', [(2, 1, 'fsdp'), (4, 0, 'fsdp'), (2, 0, 'ddp')])
-def test_killed_from_outside(tmp_path, straight, world, victim, how):
+@pytest.mark.parametrize('world, victim, how, agent', [(2, 1, 'fsdp', 'torchrun'), (4, 0, 'fsdp', 'forked'), (2, 0, 'ddp', 'forked')])
+def test_killed_from_outside(tmp_path, straight, world, victim, how, agent):
     "kill -9 of one worker in mid-run: the job ends within seconds, not zero, the others say why in one line; the run goes on from the last checkpoint"
     folder = tmp_path/'run'
-    p = torchrun(folder, 'slow', world, *['ddp'][:how == 'ddp'])
+    p = torchrun(folder, 'slow', world, *['ddp'][:how == 'ddp'], agent=agent)
     end, f = time.time() + 120, folder/'metrics.jsonl'
     while not (f.exists() and len(f.read_text().splitlines()) >= 9): # the checkpoint of step 8 may be on its way
         assert time.time() < end and p.poll() is None, p.communicate()
@@ -194,7 +200,7 @@ def test_killed_from_outside(tmp_path, straight, world, victim, how):
 def test_killed_while_writing_its_shard(tmp_path, straight, victim):
     "SIGKILL of the main process, and of another, when half of a shard of step 12 is on the disk: the checkpoint of step 8 is the newest"
     folder = tmp_path/'run'
-    p = torchrun(folder, f'saving{victim}')
+    p = torchrun(folder, f'saving{victim}', agent='forked')
     out, err = p.communicate(timeout=120)
     assert p.returncode != 0 and 'another process of this run has gone' in err, out + err
     halves = list((folder/'checkpoints').glob('tmp-*/shards/shard-half*'))
