@@ -172,7 +172,7 @@ class WholeFormat:
         if learn.shard: return learn._scatter(load_file(path/'model.safetensors'), saved['opt'])
         _check_shapes(learn.model, path/'model.safetensors')
         load_model(learn.model, path/'model.safetensors')
-        learn.opt.load_state_dict(saved['opt'])
+        learn.opt.load_state_dict(_by_number(learn.model, learn.opt, saved['opt']))
 
 Learner.formats.update(whole=WholeFormat());
 
@@ -238,8 +238,35 @@ def _restore_weights(self:Learner, path, saved):
 @patch
 def _scatter(self:Learner, weights, opt): # to the processes that share the weights
     from torch.distributed.checkpoint.state_dict import set_state_dict, StateDictOptions
+    opt = _by_name(self.model, self.opt, opt)
     set_state_dict(self.model, self.opt, model_state_dict=weights, optim_state_dict=opt,
                    options=StateDictOptions(full_state_dict=True))
+
+# %% ../nbs/05b_checkpoints.ipynb #fmt0code2
+def _names(model, opt): # of the parameters of each group
+    names = {id(p): n for n,p in model.named_parameters()}
+    return [[names[id(p)] for p in g['params']] for g in opt.param_groups]
+
+def _renamed(saved, to, groups):
+    return dict(state={to[k]: s for k,s in saved['state'].items()},
+                param_groups=[g | dict(params=ps) for g,ps in zip(saved['param_groups'], groups)])
+
+def _by_name(model, opt, saved):
+    "The state of an optimiser with names in place of numbers. `ValueError` where the groups differ."
+    own, was = _names(model, opt), [g['params'] for g in saved['param_groups']]
+    if any(isinstance(k, str) for g in was for k in g): return saved
+    if [len(g) for g in own] != [len(g) for g in was]:
+        raise ValueError("the optimiser's groups hold other numbers of parameters")
+    return _renamed(saved, {k: n for a,b in zip(was, own) for k,n in zip(a, b)}, own)
+
+def _by_number(model, opt, saved): # as `Optimizer.load_state_dict` takes it
+    "The other way round."
+    own, was = _names(model, opt), [g['params'] for g in saved['param_groups']]
+    if not any(isinstance(k, str) for g in was for k in g): return saved
+    if [set(g) for g in own] != [set(g) for g in was]:
+        raise ValueError("the optimiser's groups hold other parameters")
+    at = {n: i for i,n in enumerate(n for g in own for n in g)}
+    return _renamed(saved, at, [[at[n] for n in g] for g in own])
 
 # %% ../nbs/05b_checkpoints.ipynb #2963c022
 class FolderLock:
