@@ -67,7 +67,7 @@ def _unflat(flat, like):
     return tuple(out)
 
 class Processes:
-    "The processes that share a sequence, in the order of its parts. `RuntimeError` outside `torch.distributed`."
+    "The processes that share a sequence, in the order of its parts. `RuntimeError` without `torchrun`."
     def __init__(self, group=None): # of `torch.distributed`; None = all processes
         if not dist.is_initialized():
             raise RuntimeError('context parallelism needs several processes: start with torchrun')
@@ -92,6 +92,7 @@ def _behind(rule, part, state, later): # cotangent of the state after a part →
 
 def _plus(a, b): return tuple(x + y for x,y in zip(a, b))
 
+# %% ../nbs/12d_context.ipynb #5a49edaf
 class _Across(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, rule, n, *args):
@@ -101,7 +102,8 @@ class _Across(torch.autograd.Function):
         begin = states[group.rank]
         if any(ctx.needs_input_grad):
             need = ctx.needs_input_grad[3:3+n]
-            ts = [t.detach().requires_grad_() if k and not isinstance(t, nn.Parameter) else t for t,k in zip(ts, need)]
+            own = lambda t, k: t.detach().requires_grad_() if k and not isinstance(t, nn.Parameter) else t
+            ts = [own(t, k) for t,k in zip(ts, need)]
             begin = [s.detach().requires_grad_() for s in begin]
             ctx.group, ctx.rule, ctx.parts, ctx.states = group, rule, parts, states
         with torch.set_grad_enabled(any(ctx.needs_input_grad)): y, end = rule.run(ts, begin)
@@ -125,6 +127,7 @@ class _Across(torch.autograd.Function):
         for r in range(rank, -1, -1): later = back(r, later)
         return None, None, None, *of_ts, *later
 
+# %% ../nbs/12d_context.ipynb #5b1840ba
 def across(
     group,       # `Processes`
     rule,        # with `part`, `after` and `run`
@@ -155,7 +158,7 @@ class PivotRule:
 
 # %% ../nbs/12d_context.ipynb #26e66a9c
 class TailRule:
-    "The last inputs of a short convolution, `own` (B, W-1, P); state: those before. Gives those before each part."
+    "Rows for a short convolution: `own`, the part's last (B, W-1, P); state: those before. Gives the state."
     def __init__(self, n:int,  # tokens in the part
                  open:Tensor): # (B,) bool: no document begins in the part
         self.n, self.open = n, open
@@ -188,7 +191,7 @@ def _bonds(cut, like): # (B, N, C), the one to the part before first; None = all
 
 # %% ../nbs/12d_context.ipynb #c7ebd119
 class AttentionRule:
-    "`BKAttention` between its projections: h, log|g|, the rows before h, and the layer's parameters; state (S,)."
+    "`BKAttention` between its projections: h, log|g|, the rows before it, its parameters; state (S,)."
     def __init__(self, mixer:BKAttention, cut): self.mixer, self.cut = mixer, cut
     def part(self, ts):
         (h, log_g, past), m = ts[:3], self.mixer
@@ -204,7 +207,8 @@ class AttentionRule:
     def after(self, part, state): return part[1] + part[0][...,None,None]*state[0],
     def run(self, ts, state):
         (h, log_g, past), m = ts[:3], self.mixer
-        y, S = attention_between(m, h, log_g, past, state[0], self.cut) or self.plain(h, log_g, past, state[0])
+        got = attention_between(m, h, log_g, past, state[0], self.cut)
+        y, S = got or self.plain(h, log_g, past, state[0])
         return y, (S,)
     def plain(self, h, log_g, past, S):
         hop = None if self.cut is None else (~self.cut)[...,None].to(log_g).expand_as(log_g)
@@ -233,7 +237,9 @@ class ContextMixer(nn.Module):
         past, (end,) = across(self.group, TailRule(N, open.to(x.device)), (own,), (tail.to(own),))
         return past, end
 
+# %% ../nbs/12d_context.ipynb #9ce9917b
 class ContextBKMixer(ContextMixer):
+    "A `BKMixer` whose sequence lies on several processes."
     def forward(self, x, state=None, cut=None, return_state=False):
         m = self.mixer
         _check(m, x, state, cut)
@@ -247,6 +253,7 @@ class ContextBKMixer(ContextMixer):
         return (y, (tail, chain)) if return_state else y
 
 class ContextBKAttention(ContextMixer):
+    "A `BKAttention` whose sequence lies on several processes."
     def forward(self, x, state=None, cut=None, return_state=False):
         m = self.mixer
         _check(m, x, state, cut)
@@ -300,12 +307,13 @@ def split(x:Tensor, # (B, N, ...), the same in all processes
 
 # %% ../nbs/12d_context.ipynb #6a09b23b
 class ContextBatches:
-    "Training batches of which each process keeps its part of every row. `ValueError` if they are shared out already."
+    """Training batches of which each process keeps its part of every row. `ValueError` if they are shared out
+    already, or too short."""
     def __init__(self, batches, # as `Batches`, the same in all processes
                  group):        # `Processes`
         if getattr(batches, 'world', 1) != 1:
-            raise ValueError(f'context parallelism splits rows, but these batches are made for rank {batches.rank} '
-                             f'of {batches.world}')
+            raise ValueError('context parallelism splits rows, but these batches are made for rank '
+                             f'{batches.rank} of {batches.world}')
         if batches.context < group.world:
             raise ValueError(f'context={batches.context} tokens do not go round {group.world} processes')
         self.batches, self.group = batches, group
@@ -317,6 +325,7 @@ class ContextBatches:
         "Batches without end, from the current position."
         for x,y in self.batches.forever(): yield split(x, self.group), split(y, self.group)
 
+# %% ../nbs/12d_context.ipynb #0203d185
 class ContextParallel(Callback):
     """Trains with every sequence spread over the processes of `torchrun`. `ValueError` for one process, or
     for a mixer that cannot be spread."""
