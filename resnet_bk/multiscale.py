@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CausalDown', 'CausalUp', 'MultiScaleResNetBKBlock']
 
-# %% ../nbs/11b_multiscale.ipynb #e94ba9cc
+# %% ../nbs/11b_multiscale.ipynb #f5577314
 import torch
 from dataclasses import replace
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from .mixers import BKMixer
 from .model import BLOCKS, FFNS, MIXERS, ResNetBKBlock
 from .adaptive import on_sites
 
-# %% ../nbs/11b_multiscale.ipynb #27f49a77
+# %% ../nbs/11b_multiscale.ipynb #e518cca6
 class CausalDown(nn.Module):
     "Two tokens to one: a learned linear map of the pair."
     def __init__(self,
@@ -38,7 +38,7 @@ class CausalUp(nn.Module):
 
     def forward(self, c): return self.out_proj(self.norm(c)).unflatten(-1, (2, -1)) # (..., D') → (..., 2, D)
 
-# %% ../nbs/11b_multiscale.ipynb #3a1a5427
+# %% ../nbs/11b_multiscale.ipynb #8d83dbff
 class _Level(nn.Module):
     def __init__(self, block, after, width, below): # below: the width of the next coarser level, or None
         super().__init__()
@@ -78,7 +78,7 @@ class MultiScaleResNetBKBlock(nn.Module):
             if isinstance(m, CausalUp): nn.init.normal_(m.out_proj.weight, std=m.out_proj.in_features**-.5)
             if isinstance(m, CausalDown): nn.init.normal_(m.proj.weight, std=m.proj.in_features**-.5)
 
-# %% ../nbs/11b_multiscale.ipynb #dca08d8b
+# %% ../nbs/11b_multiscale.ipynb #6d550cd9
 def _call(block, x, state, cut, keep): # keep: a state is wanted
     if block is None: return x, ()
     y = block(x, state, cut, keep)
@@ -107,7 +107,7 @@ def _regular(self:MultiScaleResNetBKBlock, l, x, state, read, keep): # (B, n, D_
     pending = pairs[:,-1] if pairs.shape[1] % 2 else x.new_zeros(B, D)
     return y, ((block, after, pending, newest), *deeper)
 
-# %% ../nbs/11b_multiscale.ipynb #38701af7
+# %% ../nbs/11b_multiscale.ipynb #1e6fb383
 def _check_given(block, x, state, cut):
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != block.d_model or not x.is_floating_point():
         got = f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
@@ -142,7 +142,7 @@ def forward(self:MultiScaleResNetBKBlock,
         read = read + N
     return (y, (read % period, *levels)) if return_state else y
 
-# %% ../nbs/11b_multiscale.ipynb #4310fd18
+# %% ../nbs/11b_multiscale.ipynb #1ed0e50b
 def _counts(x, cut, read): # (B, N): number of each token in its document, from 1; number of the document
     i = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     if cut is None: return i + 1 + read[:,None], torch.zeros_like(i)
@@ -161,30 +161,34 @@ def _last(row, doc, end): # (B,) where in the pool the last token is of a row's 
     return torch.where(last >= 0, 1 + B + last, torch.where(end == 0, 1 + rows, 0))
 
 @patch
-def _sites(self:MultiScaleResNetBKBlock, block, xs, on, state, cut, keep): # a block on the list of a level
+def _sites(self:MultiScaleResNetBKBlock, block, xs, on, begin, state, cut, keep): # on the list of a level
     if block is None: return xs, ()
-    x = xs.new_zeros(*on.shape, xs.shape[1]).masked_scatter(on[...,None], xs)
-    y = on_sites(block, x, on, state, cut, keep)
-    return y if keep else (y, ())
+    if on.all(): y = block(xs.unflatten(0, on.shape), state, cut, keep)          # the finest
+    elif state is None and not keep: y = block(xs[None], None, begin[None])      # the list is a packed chain
+    else:
+        x = xs.new_zeros(*on.shape, xs.shape[1]).masked_scatter(on[...,None], xs)
+        y = on_sites(block, x, on, state, cut, keep)
+    y, state = y if keep else (y, ())
+    return (y.flatten(0, 1) if y.ndim == 3 else y), state
 
-# %% ../nbs/11b_multiscale.ipynb #51c3cb11
+# %% ../nbs/11b_multiscale.ipynb #d3850aab
 @patch
 def _ragged(self:MultiScaleResNetBKBlock, l, xs, on, count, doc, cut, state, keep): # xs: (M, D_l), where `on`
     level, B, row = self.levels[l], len(on), on.nonzero()[:,0]
     block, after, pending, newest = (None,)*4 if state is None else state[l]
-    xs, block = self._sites(level.block, xs, on, block, cut, keep)
-    if level.down is None: return xs, ((block, (), (), ()),)
     full, mine = count[on] % 2**(l+1) == 0, row*(on.shape[1] + 1) + doc[on]      # completes a pair; document
-    before = torch.cat([mine[:1]*0 - 1, mine[:-1]]) == mine
+    begin = torch.cat([mine[:1]*0 - 1, mine[:-1]]) != mine
+    xs, block = self._sites(level.block, xs, on, begin, block, cut, keep)
+    if level.down is None: return xs, ((block, (), (), ()),)
     at, pool = torch.arange(len(xs), device=xs.device), _pool(pending, xs, B)
-    first = torch.where(before, B + at, 1 + row)[full]
+    first = torch.where(begin, 1 + row, B + at)[full]
     coarse = level.down(torch.stack([pool[first], xs[full]], 1))
     coarse, deeper = self._ragged(l+1, coarse, on & (count % 2**(l+1) == 0), count, doc, cut, state, keep)
     k, pool_c = full.long().cumsum(0) - 1, _pool(newest, coarse, B)
     own = torch.cat([mine[full], mine.new_full((1,), -1)])[k] == mine            # k = -1: none yet
     source = torch.where(own, 1 + B + k, torch.where(doc[on] == 0, 1 + row, 0))
     ys = xs + level.up(pool_c)[source, (~full).long()]
-    ys, after = self._sites(level.after, ys, on, after, cut, keep)
+    ys, after = self._sites(level.after, ys, on, begin, after, cut, keep)
     if not keep: return ys, ()
     end, odd = doc[:,-1], count[:,-1] // 2**l % 2 == 1
     pending = pool[_last(row, doc[on], end)]*odd[:,None]
@@ -198,7 +202,7 @@ def _ragged_rows(self:MultiScaleResNetBKBlock, x, levels, cut, read, keep):
     y, levels = self._ragged(0, x.flatten(0, 1), on, count, doc, cut, levels, keep)
     return y.unflatten(0, x.shape[:2]), levels, count[:,-1]
 
-# %% ../nbs/11b_multiscale.ipynb #c9d723c8
+# %% ../nbs/11b_multiscale.ipynb #b4bf0249
 @patch
 def scale_residual(self:MultiScaleResNetBKBlock, s:float):
     "Start smaller, with depth, what is added to the residual stream. The model calls this."
