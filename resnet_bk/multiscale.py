@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CausalDown', 'CausalUp', 'MultiScaleResNetBKBlock']
 
-# %% ../nbs/11b_multiscale.ipynb #f5577314
+# %% ../nbs/11b_multiscale.ipynb #2cfe1825
 import torch
 from dataclasses import replace
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from .mixers import BKMixer
 from .model import BLOCKS, FFNS, MIXERS, ResNetBKBlock
 from .adaptive import on_sites
 
-# %% ../nbs/11b_multiscale.ipynb #e518cca6
+# %% ../nbs/11b_multiscale.ipynb #7ff67387
 class CausalDown(nn.Module):
     "Two tokens to one: a learned linear map of the pair."
     def __init__(self,
@@ -38,7 +38,7 @@ class CausalUp(nn.Module):
 
     def forward(self, c): return self.out_proj(self.norm(c)).unflatten(-1, (2, -1)) # (..., D') → (..., 2, D)
 
-# %% ../nbs/11b_multiscale.ipynb #8d83dbff
+# %% ../nbs/11b_multiscale.ipynb #ce8d2cca
 class _Level(nn.Module):
     def __init__(self, block, after, width, below): # below: the width of the next coarser level, or None
         super().__init__()
@@ -78,7 +78,7 @@ class MultiScaleResNetBKBlock(nn.Module):
             if isinstance(m, CausalUp): nn.init.normal_(m.out_proj.weight, std=m.out_proj.in_features**-.5)
             if isinstance(m, CausalDown): nn.init.normal_(m.proj.weight, std=m.proj.in_features**-.5)
 
-# %% ../nbs/11b_multiscale.ipynb #6d550cd9
+# %% ../nbs/11b_multiscale.ipynb #9a6f2a50
 def _call(block, x, state, cut, keep): # keep: a state is wanted
     if block is None: return x, ()
     y = block(x, state, cut, keep)
@@ -87,27 +87,23 @@ def _call(block, x, state, cut, keep): # keep: a state is wanted
 @patch
 def _regular(self:MultiScaleResNetBKBlock, l, x, state, read, keep): # (B, n, D_l) → the same, states from l on
     level, (B,n,D), waits = self.levels[l], x.shape, read % 2
-    block, after, pending, newest = (None,)*4 if state is None else state[l]
+    block, after, held = (None,)*3 if state is None else state[l]
     x, block = _call(level.block, x, block, None, keep)
-    if level.down is None: return x, ((block, (), (), ()),)
-    pairs = torch.cat([pending.to(x)[:,None], x], 1) if waits else x
+    if level.down is None: return x, ((block, (), ()),)
+    held = x.new_zeros(B, D) if held is None else held.to(x)
+    pairs = torch.cat([held[:,None], x], 1) if waits else x
     m = pairs.shape[1]//2
     c, deeper = x.new_zeros(B, 0, level.down.proj.out_features), None if state is None else state[l+1:]
     if m or state is None:
         c = level.down(pairs[:,:2*m].unflatten(1, (m, 2)))
         c, deeper = self._regular(l+1, c, state, read//2, keep)
-    up = level.up(c).flatten(1, 2)                              # for tokens 1 to 2m of `pairs`
-    if not waits:
-        old = x.new_zeros(B, 1, D) if newest is None else level.up(newest.to(x))[:,1:]
-        up = torch.cat([old.to(up), up], 1)
+    up = level.up(c).flatten(1, 2).to(x)                        # for tokens 1 to 2m of `pairs`
+    if not waits: up = torch.cat([held[:,None], up], 1)
     y, after = _call(level.after, x + up[:,:n], after, None, keep)
-    if not keep: return y, ()
-    if m: newest = c[:,-1]
-    elif newest is None: newest = c.new_zeros(B, c.shape[2])
-    pending = pairs[:,-1] if pairs.shape[1] % 2 else x.new_zeros(B, D)
-    return y, ((block, after, pending, newest), *deeper)
+    held = pairs[:,-1] if pairs.shape[1] % 2 else up[:,-1] # `up` is empty only if `pairs` is odd
+    return y, ((block, after, held), *deeper) if keep else ()
 
-# %% ../nbs/11b_multiscale.ipynb #1e6fb383
+# %% ../nbs/11b_multiscale.ipynb #7253b8c2
 def _check_given(block, x, state, cut):
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != block.d_model or not x.is_floating_point():
         got = f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
@@ -142,7 +138,7 @@ def forward(self:MultiScaleResNetBKBlock,
         read = read + N
     return (y, (read % period, *levels)) if return_state else y
 
-# %% ../nbs/11b_multiscale.ipynb #1ed0e50b
+# %% ../nbs/11b_multiscale.ipynb #3dbedfbc
 def _counts(x, cut, read): # (B, N): number of each token in its document, from 1; number of the document
     i = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     if cut is None: return i + 1 + read[:,None], torch.zeros_like(i)
@@ -153,12 +149,13 @@ def _pool(old, xs, B): # nothing, the states of the rows, the list
     old = xs.new_zeros(B, xs.shape[1]) if old is None else old.to(xs)
     return torch.cat([xs.new_zeros(1, xs.shape[1]), old, xs])
 
-def _last(row, doc, end): # (B,) where in the pool the last token is of a row's last document, `end`
-    B, mine = len(end), doc == end[row]
+def _last(row, doc, end): # (B,) where in the list the last token is of a row's last document, `end`; or -1
+    mine = doc == end[row]
     at = torch.arange(len(row), device=row.device)[mine]
-    last = torch.full_like(end, -1).scatter_reduce(0, row[mine], at, 'amax')
-    rows = torch.arange(B, device=row.device)
-    return torch.where(last >= 0, 1 + B + last, torch.where(end == 0, 1 + rows, 0))
+    return torch.full_like(end, -1).scatter_reduce(0, row[mine], at, 'amax')
+
+def _source(at, row, doc, B): # place in the pool; not in the list: in the state, if the document goes on
+    return torch.where(at >= 0, 1 + B + at, torch.where(doc == 0, 1 + row, 0))
 
 @patch
 def _sites(self:MultiScaleResNetBKBlock, block, xs, on, begin, state, cut, keep): # on the list of a level
@@ -171,29 +168,28 @@ def _sites(self:MultiScaleResNetBKBlock, block, xs, on, begin, state, cut, keep)
     y, state = y if keep else (y, ())
     return (y.flatten(0, 1) if y.ndim == 3 else y), state
 
-# %% ../nbs/11b_multiscale.ipynb #d3850aab
+# %% ../nbs/11b_multiscale.ipynb #457edda9
 @patch
 def _ragged(self:MultiScaleResNetBKBlock, l, xs, on, count, doc, cut, state, keep): # xs: (M, D_l), where `on`
-    level, B, row = self.levels[l], len(on), on.nonzero()[:,0]
-    block, after, pending, newest = (None,)*4 if state is None else state[l]
-    full, mine = count[on] % 2**(l+1) == 0, row*(on.shape[1] + 1) + doc[on]      # completes a pair; document
+    level, B, row, own = self.levels[l], len(on), on.nonzero()[:,0], doc[on]
+    block, after, held = (None,)*3 if state is None else state[l]
+    full, mine = count[on] % 2**(l+1) == 0, row*(on.shape[1] + 1) + own          # completes a pair; document
     begin = torch.cat([mine[:1]*0 - 1, mine[:-1]]) != mine
     xs, block = self._sites(level.block, xs, on, begin, block, cut, keep)
-    if level.down is None: return xs, ((block, (), (), ()),)
-    at, pool = torch.arange(len(xs), device=xs.device), _pool(pending, xs, B)
-    first = torch.where(begin, 1 + row, B + at)[full]
-    coarse = level.down(torch.stack([pool[first], xs[full]], 1))
-    coarse, deeper = self._ragged(l+1, coarse, on & (count % 2**(l+1) == 0), count, doc, cut, state, keep)
-    k, pool_c = full.long().cumsum(0) - 1, _pool(newest, coarse, B)
-    own = torch.cat([mine[full], mine.new_full((1,), -1)])[k] == mine            # k = -1: none yet
-    source = torch.where(own, 1 + B + k, torch.where(doc[on] == 0, 1 + row, 0))
-    ys = xs + level.up(pool_c)[source, (~full).long()]
+    if level.down is None: return xs, ((block, (), ()),)
+    pool, before = _pool(held, xs, B), torch.arange(len(xs), device=xs.device) - 1
+    first = pool[_source(before.masked_fill(begin, -1), row, own, B)[full]]
+    c = level.down(torch.stack([first, xs[full]], 1))
+    c, deeper = self._ragged(l+1, c, on & (count % 2**(l+1) == 0), count, doc, cut, state, keep)
+    up, k = _pool(held, level.up(c).flatten(0, 1).to(xs), B), full.long().cumsum(0) - 1
+    none = torch.cat([mine[full], mine.new_full((1,), -1)])[k] != mine           # none yet of this document
+    ys = xs + up[_source((2*k + (~full).long()).masked_fill(none, -1), row, own, B)]
     ys, after = self._sites(level.after, ys, on, begin, after, cut, keep)
     if not keep: return ys, ()
-    end, odd = doc[:,-1], count[:,-1] // 2**l % 2 == 1
-    pending = pool[_last(row, doc[on], end)]*odd[:,None]
-    newest = pool_c[_last(row[full], doc[on][full], end)]
-    return ys, ((block, after, pending, newest), *deeper)
+    end, rows, odd = doc[:,-1], torch.arange(B, device=xs.device), count[:,-1:] // 2**l % 2 == 1
+    waits = pool[_source(_last(row, own, end), rows, end, B)]
+    ahead = up[_source(2*_last(row[full], own[full], end) + 1, rows, end, B)]
+    return ys, ((block, after, torch.where(odd, waits, ahead)), *deeper)
 
 @patch
 def _ragged_rows(self:MultiScaleResNetBKBlock, x, levels, cut, read, keep):
@@ -202,7 +198,7 @@ def _ragged_rows(self:MultiScaleResNetBKBlock, x, levels, cut, read, keep):
     y, levels = self._ragged(0, x.flatten(0, 1), on, count, doc, cut, levels, keep)
     return y.unflatten(0, x.shape[:2]), levels, count[:,-1]
 
-# %% ../nbs/11b_multiscale.ipynb #b4bf0249
+# %% ../nbs/11b_multiscale.ipynb #8cda0b35
 @patch
 def scale_residual(self:MultiScaleResNetBKBlock, s:float):
     "Start smaller, with depth, what is added to the residual stream. The model calls this."
