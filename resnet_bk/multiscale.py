@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CausalDown', 'CausalUp', 'MultiScaleResNetBKBlock']
 
-# %% ../nbs/11b_multiscale.ipynb #2cfe1825
+# %% ../nbs/11b_multiscale.ipynb #530cc5b1
 import torch
 from dataclasses import replace
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from .mixers import BKMixer
 from .model import BLOCKS, FFNS, MIXERS, ResNetBKBlock
 from .adaptive import on_sites
 
-# %% ../nbs/11b_multiscale.ipynb #7ff67387
+# %% ../nbs/11b_multiscale.ipynb #395133d3
 class CausalDown(nn.Module):
     "Two tokens to one: a learned linear map of the pair."
     def __init__(self,
@@ -23,7 +23,8 @@ class CausalDown(nn.Module):
         d_coarse:int, # D'
     ):
         super().__init__()
-        self.norm, self.proj = nn.LayerNorm(d_fine, bias=False), nn.Linear(2*d_fine, d_coarse, bias=False)
+        self.norm = nn.LayerNorm(d_fine, bias=False)
+        self.proj = nn.Linear(2*d_fine, d_coarse, bias=False)
 
     def forward(self, pairs): return self.proj(self.norm(pairs).flatten(-2)) # (..., 2, D) → (..., D')
 
@@ -34,11 +35,12 @@ class CausalUp(nn.Module):
         d_fine:int,   # D
     ):
         super().__init__()
-        self.norm, self.out_proj = nn.LayerNorm(d_coarse, bias=False), nn.Linear(d_coarse, 2*d_fine, bias=False)
+        self.norm = nn.LayerNorm(d_coarse, bias=False)
+        self.out_proj = nn.Linear(d_coarse, 2*d_fine, bias=False)
 
     def forward(self, c): return self.out_proj(self.norm(c)).unflatten(-1, (2, -1)) # (..., D') → (..., 2, D)
 
-# %% ../nbs/11b_multiscale.ipynb #ce8d2cca
+# %% ../nbs/11b_multiscale.ipynb #74e2b612
 class _Level(nn.Module):
     def __init__(self, block, after, width, below): # below: the width of the next coarser level, or None
         super().__init__()
@@ -51,12 +53,12 @@ def _widths(d_model, levels, grow):
         if not isinstance(v, int) or isinstance(v, bool) or v < 1:
             raise ValueError(f'{name}: want an integer of at least 1; got {v!r}')
     if isinstance(grow, (list, tuple)) or not grow >= 1:
-        raise ValueError(f'grow: want a factor of at least 1 from a level to the next coarser one; got {grow!r}')
+        raise ValueError(f'grow: want a factor of at least 1 from each level to the next; got {grow!r}')
     return [round(d_model*grow**l) for l in range(levels + 1)]
 
 class MultiScaleResNetBKBlock(nn.Module):
-    """A U of blocks at N, N/2, …, N/2^levels tokens, causal, for any N. `ValueError` for levels or widths that
-    cannot be. After SaShiMi (Goel et al. 2022), with learned maps and no more delay than causality asks."""
+    """A U of blocks at N, N/2, …, N/2^levels tokens, causal, for any N. `ValueError` for levels or widths
+    that cannot be. After SaShiMi (Goel et al. 2022), with no more delay than causality asks."""
     def __init__(self,
         d_model:int,      # D
         n_seq:int=None,   # not used: any length runs
@@ -78,14 +80,14 @@ class MultiScaleResNetBKBlock(nn.Module):
             if isinstance(m, CausalUp): nn.init.normal_(m.out_proj.weight, std=m.out_proj.in_features**-.5)
             if isinstance(m, CausalDown): nn.init.normal_(m.proj.weight, std=m.proj.in_features**-.5)
 
-# %% ../nbs/11b_multiscale.ipynb #9a6f2a50
+# %% ../nbs/11b_multiscale.ipynb #1c519430
 def _call(block, x, state, cut, keep): # keep: a state is wanted
     if block is None: return x, ()
     y = block(x, state, cut, keep)
     return y if keep else (y, ())
 
 @patch
-def _regular(self:MultiScaleResNetBKBlock, l, x, state, read, keep): # (B, n, D_l) → the same, states from l on
+def _regular(self:MultiScaleResNetBKBlock, l, x, state, read, keep): # (B, n, D_l), and states from l on
     level, (B,n,D), waits = self.levels[l], x.shape, read % 2
     block, after, held = (None,)*3 if state is None else state[l]
     x, block = _call(level.block, x, block, None, keep)
@@ -103,7 +105,7 @@ def _regular(self:MultiScaleResNetBKBlock, l, x, state, read, keep): # (B, n, D_
     held = pairs[:,-1] if pairs.shape[1] % 2 else up[:,-1] # `up` is empty only if `pairs` is odd
     return y, ((block, after, held), *deeper) if keep else ()
 
-# %% ../nbs/11b_multiscale.ipynb #7253b8c2
+# %% ../nbs/11b_multiscale.ipynb #f0701bd1
 def _check_given(block, x, state, cut):
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != block.d_model or not x.is_floating_point():
         got = f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
@@ -138,7 +140,7 @@ def forward(self:MultiScaleResNetBKBlock,
         read = read + N
     return (y, (read % period, *levels)) if return_state else y
 
-# %% ../nbs/11b_multiscale.ipynb #3dbedfbc
+# %% ../nbs/11b_multiscale.ipynb #25117c90
 def _counts(x, cut, read): # (B, N): number of each token in its document, from 1; number of the document
     i = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     if cut is None: return i + 1 + read[:,None], torch.zeros_like(i)
@@ -168,7 +170,7 @@ def _sites(self:MultiScaleResNetBKBlock, block, xs, on, begin, state, cut, keep)
     y, state = y if keep else (y, ())
     return (y.flatten(0, 1) if y.ndim == 3 else y), state
 
-# %% ../nbs/11b_multiscale.ipynb #457edda9
+# %% ../nbs/11b_multiscale.ipynb #abcc2305
 @patch
 def _ragged(self:MultiScaleResNetBKBlock, l, xs, on, count, doc, cut, state, keep): # xs: (M, D_l), where `on`
     level, B, row, own = self.levels[l], len(on), on.nonzero()[:,0], doc[on]
@@ -198,7 +200,7 @@ def _ragged_rows(self:MultiScaleResNetBKBlock, x, levels, cut, read, keep):
     y, levels = self._ragged(0, x.flatten(0, 1), on, count, doc, cut, levels, keep)
     return y.unflatten(0, x.shape[:2]), levels, count[:,-1]
 
-# %% ../nbs/11b_multiscale.ipynb #8cda0b35
+# %% ../nbs/11b_multiscale.ipynb #64f8d44f
 @patch
 def scale_residual(self:MultiScaleResNetBKBlock, s:float):
     "Start smaller, with depth, what is added to the residual stream. The model calls this."
