@@ -186,6 +186,7 @@ def _pieces(m, h, columns, past, cut, size): # few tokens at a time, after the c
         yield y, c, slice(a, a + size)
         if m.conv is not None: past = m.conv.tail(x, past, c)
 
+# %% ../nbs/12d_context.ipynb #f9ba7d11
 class MixerRule:
     "`BKMixer` between its projections: h, the rows before it, and the layer's parameters; state (g, y)."
     size = 4096 # tokens at a time, for `part`
