@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CausalDown', 'CausalUp', 'MultiScaleResNetBKBlock']
 
-# %% ../nbs/11b_multiscale.ipynb #5dbd5e7d
+# %% ../nbs/11b_multiscale.ipynb #edd63db8
 import torch
 from dataclasses import replace
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from .mixers import BKMixer
 from .model import BLOCKS, FFNS, MIXERS, ResNetBKBlock
 from .adaptive import on_sites
 
-# %% ../nbs/11b_multiscale.ipynb #fc36a4c0
+# %% ../nbs/11b_multiscale.ipynb #360648ea
 class CausalDown(nn.Module):
     "Two tokens to one: a learned linear map of the pair."
     def __init__(self,
@@ -40,7 +40,7 @@ class CausalUp(nn.Module):
 
     def forward(self, c): return self.out_proj(self.norm(c)).unflatten(-1, (2, -1)) # (..., D') → (..., 2, D)
 
-# %% ../nbs/11b_multiscale.ipynb #ba5ec76b
+# %% ../nbs/11b_multiscale.ipynb #56e2ecb5
 class _Level(nn.Module):
     def __init__(self, block, after, width, below): # below: the width of the next coarser level, or None
         super().__init__()
@@ -80,7 +80,7 @@ class MultiScaleResNetBKBlock(nn.Module):
             if isinstance(m, CausalUp): nn.init.normal_(m.out_proj.weight, std=m.out_proj.in_features**-.5)
             if isinstance(m, CausalDown): nn.init.normal_(m.proj.weight, std=m.proj.in_features**-.5)
 
-# %% ../nbs/11b_multiscale.ipynb #8ec7057d
+# %% ../nbs/11b_multiscale.ipynb #8f429df6
 def _call(block, x, state, cut, keep): # keep: a state is wanted
     if block is None: return x, ()
     y = block(x, state, cut, keep)
@@ -105,7 +105,7 @@ def _regular(self:MultiScaleResNetBKBlock, l, x, state, read, keep): # (B, n, D_
     held = pairs[:,-1] if pairs.shape[1] % 2 else up[:,-1] # `up` is empty only if `pairs` is odd
     return y, ((block, after, held), *deeper) if keep else ()
 
-# %% ../nbs/11b_multiscale.ipynb #af7f176a
+# %% ../nbs/11b_multiscale.ipynb #49a517f5
 def _check_given(block, x, state, cut):
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != block.d_model or not x.is_floating_point():
         got = f'{x.dtype} {tuple(x.shape)}' if isinstance(x, Tensor) else type(x).__name__
@@ -139,7 +139,7 @@ def forward(self:MultiScaleResNetBKBlock,
         read = read + N
     return (y, (read % period, *levels)) if return_state else y
 
-# %% ../nbs/11b_multiscale.ipynb #8ee1f8be
+# %% ../nbs/11b_multiscale.ipynb #61f8d28f
 def _counts(x, cut, read): # (B, N): number of each token in its document, from 1; number of the document
     i = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     if cut is None: return i + 1 + read[:,None], torch.zeros_like(i)
@@ -169,7 +169,7 @@ def _sites(self:MultiScaleResNetBKBlock, block, xs, on, begin, state, cut, keep)
     y, state = y if keep else (y, ())
     return (y.flatten(0, 1) if y.ndim == 3 else y), state
 
-# %% ../nbs/11b_multiscale.ipynb #d93cbd79
+# %% ../nbs/11b_multiscale.ipynb #aa10291d
 @patch
 def _ragged(self:MultiScaleResNetBKBlock, l, xs, on, count, doc, cut, state, keep): # xs: (M, D_l), where `on`
     level, B, row, own = self.levels[l], len(on), on.nonzero()[:,0], doc[on]
@@ -199,7 +199,7 @@ def _ragged_rows(self:MultiScaleResNetBKBlock, x, levels, cut, read, keep):
     y, levels = self._ragged(0, x.flatten(0, 1), on, count, doc, cut, levels, keep)
     return y.unflatten(0, x.shape[:2]), levels, count[:,-1]
 
-# %% ../nbs/11b_multiscale.ipynb #98c82319
+# %% ../nbs/11b_multiscale.ipynb #8eb590ee
 @patch
 def scale_residual(self:MultiScaleResNetBKBlock, s:float):
     "Start smaller, with depth, what is added to the residual stream. The model calls this."
