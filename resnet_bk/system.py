@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORWARD', 'DIFFICULTIES', 'PACINGS', 'Price', 'SCORES', 'register_difficulty', 'window_losses', 'difficulty',
            'open_share', 'PacedBatches', 'paced_starts', 'Curriculum', 'window_scores', 'Selection', 'TokenNoise',
-           'Transfer']
+           'Transfer', 'FixedCompute', 'affordable', 'compare_fixed_compute']
 
-# %% ../nbs/12_system.ipynb #22668ed1
+# %% ../nbs/12_system.ipynb #9a2e036b
 import copy, math, zlib
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .learner import (Callback, CancelFit, Learner, logits_of, register_metric, 
                                set_seed, token_losses)
 from .equilibrium import paired_interval
 
-# %% ../nbs/12_system.ipynb #4e5b5956
+# %% ../nbs/12_system.ipynb #feeac8de
 FORWARD = 1/3 # cost of a forward pass by that of a training step on the same tokens: backward is twice forward
 
 DIFFICULTIES = {} # name → function (windows (n, N+1) of token ids, data, seed) → (n,) scores, higher is harder
@@ -48,7 +48,7 @@ def _compression(windows, data, seed):
 @register_difficulty('random')
 def _random(windows, data, seed): return np.random.default_rng([seed % 2**64, 1]).random(len(windows))
 
-# %% ../nbs/12_system.ipynb #20b857d3
+# %% ../nbs/12_system.ipynb #ed4cece6
 @register_difficulty('bigram')
 def _bigram(windows, data, seed):
     t, V = np.asarray(data.train_tokens).astype(np.int64), data.vocab_size
@@ -60,7 +60,7 @@ def _bigram(windows, data, seed):
     both = np.where(pairs[at] == key, n[at], 0)
     return -np.log((both + 1)/(first[w[:,:-1]] + V)).mean(1)
 
-# %% ../nbs/12_system.ipynb #bb64c913
+# %% ../nbs/12_system.ipynb #f9d5fa17
 @torch.no_grad()
 def window_losses(model:nn.Module, # (B, N) → logits; it stays in its mode
     windows, # (n, N+1) token ids, numpy
@@ -93,7 +93,7 @@ def difficulty(how, # a name in `DIFFICULTIES`, a model, or the scores themselve
         raise ValueError(f'difficulty wants {len(windows)} finite scores, one per window; got {s.shape}')
     return s
 
-# %% ../nbs/12_system.ipynb #aa42b550
+# %% ../nbs/12_system.ipynb #48e8673e
 PACINGS = dict(linear=lambda s, c: c + (1-c)*s,
                root=lambda s, c: math.sqrt(c*c + (1-c*c)*s),
                exponential=lambda s, c: c**(1-s)) # name → function (progress 0..1, start) → share
@@ -110,7 +110,7 @@ def open_share(t:float, # share of the budget that is spent, 0 to 1
         if not 0 < v <= 1: raise ValueError(f'{k} is a share, 0 < {k} <= 1; got {v}')
     return 1. if t >= full else min(1., PACINGS[pacing](max(0., t)/full, start))
 
-# %% ../nbs/12_system.ipynb #3a407309
+# %% ../nbs/12_system.ipynb #4c5fa89a
 class PacedBatches:
     """Batches (x, y) like those of `base`, drawn from the easiest `share` of its windows; `share` may be set
     at any time. `ValueError` without `shuffle` and for fewer windows than a batch of all processes."""
@@ -160,7 +160,7 @@ def paced_starts(base:Batches, pool:int=None, # how many, drawn by the seed of `
     if pool is None or pool >= len(at): return at
     return np.sort(np.random.default_rng([base.seed % 2**64, 3]).choice(at, pool, replace=False))
 
-# %% ../nbs/12_system.ipynb #a856502a
+# %% ../nbs/12_system.ipynb #b5e99400
 @patch
 def state_dict(self:PacedBatches)->dict: # {epoch, index, seed, windows}
     "The position in the stream; the share is the business of the one who sets it."
@@ -174,7 +174,7 @@ def load_state_dict(self:PacedBatches, state:dict):
                          'text, context and pool it was saved with')
     self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
 
-# %% ../nbs/12_system.ipynb #64323376
+# %% ../nbs/12_system.ipynb #f18bec91
 Price = namedtuple('Price', 'once step') # in plain training steps: before the run, and beside each step
 
 def _size(model): # parameters that are multiplied with every token
@@ -225,7 +225,7 @@ class Curriculum(Callback):
         self.sampler.share = open_share(done, self.pacing, self.start, self.full)
         self.learn.log(open_share=self.sampler.share)
 
-# %% ../nbs/12_system.ipynb #e9632f6c
+# %% ../nbs/12_system.ipynb #5bac1301
 @patch
 def state_dict(self:Curriculum)->dict: # settings and scores
     "What the order depends on."
@@ -250,7 +250,7 @@ def price(self:Curriculum, model:nn.Module, data)->Price:
     n = len(paced_starts(data.train, self.pool))/data.train.batch_size
     return Price(self.paid + n*FORWARD*_size(self.difficulty)/_size(model), 0.)
 
-# %% ../nbs/12_system.ipynb #92a889e2
+# %% ../nbs/12_system.ipynb #a3d3a571
 def _entropy(logits):
     p = logits.float().log_softmax(-1)
     return -(p.exp()*p).sum(-1)
@@ -287,7 +287,7 @@ def window_scores(score:str, # name in `SCORES`
     if reference is not None: each = each - token_losses(run(reference), y)
     return (each*asked).sum(-1)/asked.sum(-1).clamp(min=1)
 
-# %% ../nbs/12_system.ipynb #9912bbf0
+# %% ../nbs/12_system.ipynb #60acbf42
 class Selection(Callback):
     """Trains on the best of `pool` times as many windows. `ValueError` for an unknown score, a pool of less
     than 2, 'reducible' without its reference, or a training text that another part has replaced."""
@@ -332,7 +332,7 @@ def price(self:Selection, model:nn.Module, data)->Price:
     other = 0 if self.reference is None else _size(self.reference)/_size(model)
     return Price(self.paid, self.pool*FORWARD*(1 + other))
 
-# %% ../nbs/12_system.ipynb #f1ab7787
+# %% ../nbs/12_system.ipynb #43306d01
 class TokenNoise(Callback):
     """Replaces the share `p` of the input tokens while training, by tokens of the batch or by `token`.
     `ValueError` for a share outside [0, 1) or a token outside the vocabulary."""
@@ -352,7 +352,7 @@ class TokenNoise(Callback):
         l.x = torch.where(hit, other, x)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #478d247f
+# %% ../nbs/12_system.ipynb #4f6352d6
 class Transfer(Callback):
     """Trains on `source` for the first `share` of the budget, then on the learner's own data. `ValueError` for
     a share outside (0, 1), another vocabulary, or a text that another part has replaced."""
@@ -384,3 +384,71 @@ class Transfer(Callback):
     def load_state_dict(self, d):
         if d['target']: self.learn.set_data(self.target)
     def price(self, model, data): return Price(0., 0.)
+
+# %% ../nbs/12_system.ipynb #e0ac053e
+@dataclass
+class FixedCompute:
+    "Ways to train, at one compute; the first is the baseline. Validation loss in nats, a value per seed."
+    end:dict    # name → losses at the end of the run
+    middle:dict # name → losses at half of its steps, in mid-schedule
+    steps:dict  # name → steps that the budget allows
+
+    def gain(self, name:str, at:str='end')->tuple: # mean, half width of its 95 % interval
+        "By how much `name` is better than the baseline, nats. `ValueError` for a way that was not run."
+        if at not in ('end', 'middle'): raise ValueError(f"at wants 'end' or 'middle'; got {at!r}")
+        if name not in self.end: raise ValueError(f'name wants one of {", ".join(self.end)}; got {name!r}')
+        losses = getattr(self, at)
+        return paired_interval(next(iter(losses.values())), losses[name])
+
+    def verdict(self, name:str, at:str='end')->str: # 'better', 'worse' or 'draw'
+        "In words, by whether the interval is clear of zero"
+        mean, half = self.gain(name, at)
+        return 'draw' if abs(mean) <= half else 'better' if mean > 0 else 'worse'
+
+    def table(self, at:str='end')->str:
+        "A line for each way: steps, loss, gain over the baseline, verdict"
+        rows = [f'{"":24}{"steps":>6} {"nats":>7} {"gain":>15}']
+        for i,(name, losses) in enumerate(getattr(self, at).items()):
+            row = f'{name:24}{self.steps[name]//(1 if at == "end" else 2):6} {np.mean(losses):7.3f}'
+            mean, half = self.gain(name, at)
+            rows.append(row + (f' {mean:+7.3f} ± {half:.3f}  {self.verdict(name, at)}' if i else ''))
+        return '\n'.join(rows)
+    __str__ = table
+
+# %% ../nbs/12_system.ipynb #bcf50af3
+def affordable(steps:int, # plain steps that the budget pays for
+    price:Price, # of the way to train
+)->int: # steps that are left
+    "How many steps a way of this price takes for the budget. `ValueError` when nothing is left."
+    n = int((steps - price.once)/(1 + price.step) + 1e-9)
+    if n < 1: raise ValueError(f'{steps} plain steps do not pay for one step: the scores cost {price.once:.1f} '
+                               f'before the run, and {price.step:.2f} beside each step')
+    return n
+
+def compare_fixed_compute(
+    make,             # function seed → fresh model
+    data,             # `LMData`
+    ways:dict,        # name → function seed → callbacks; those with a `price` are charged; first the baseline
+    steps:int=200,    # the budget, in plain steps
+    seeds=range(5),   # two to ten; of weights and of the order of the text
+    batches:int=None, # of validation text; None: all
+    counted:bool=True,# False: every way gets all steps, whatever its scores cost
+    **kw,             # of `Learner`
+)->FixedCompute:
+    """Train in several ways at equal compute, learning rate decayed to zero within each. `ValueError` for
+    fewer than two seeds or more than ten, and for a way that the budget does not pay for."""
+    seeds = list(seeds)
+    if not 2 <= len(seeds) <= 10: raise ValueError(f'seeds: two to ten are wanted; got {len(seeds)}')
+    out = FixedCompute({n: [] for n in ways}, {n: [] for n in ways}, {})
+    for name,cbs in ways.items():
+        for seed in seeds:
+            set_seed(seed)
+            model, these = make(seed), list(cbs(seed))
+            paid = [c.price(model, data) for c in these if counted and hasattr(c, 'price')]
+            n = affordable(steps, Price(*map(sum, zip(*paid))) if paid else Price(0, 0))
+            l = Learner(model, data.rebatch(seed=seed), cbs=these, seed=seed, **dict(progress=False) | kw |
+                        dict(eval_every=max(1, n//2), eval_batches=batches)).fit(steps=n)
+            out.middle[name].append(next(m.valid_nats for m in l.history if m.valid_nats is not None))
+            out.end[name].append(l.valid['nats'])
+        out.steps[name] = n
+    return out
