@@ -7,7 +7,7 @@ __all__ = ['FORWARD', 'DIFFICULTIES', 'PACINGS', 'Price', 'SCORES', 'register_di
            'open_share', 'PacedBatches', 'paced_starts', 'Curriculum', 'window_scores', 'Selection', 'TokenNoise',
            'Transfer', 'FixedCompute', 'affordable', 'compare_fixed_compute']
 
-# %% ../nbs/12_system.ipynb #9a2e036b
+# %% ../nbs/12_system.ipynb #c9bd4388
 import copy, math, zlib
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from .learner import (Callback, CancelFit, Learner, logits_of, register_metric, 
                                set_seed, token_losses)
 from .equilibrium import paired_interval
 
-# %% ../nbs/12_system.ipynb #feeac8de
-FORWARD = 1/3 # cost of a forward pass by that of a training step on the same tokens: backward is twice forward
+# %% ../nbs/12_system.ipynb #082a1daa
+FORWARD = 1/3 # cost of a forward pass by that of a training step: backward takes twice as much as forward
 
-DIFFICULTIES = {} # name → function (windows (n, N+1) of token ids, data, seed) → (n,) scores, higher is harder
+DIFFICULTIES = {} # name → function (windows (n, N+1), data, seed) → (n,) scores, higher is harder
 
 def register_difficulty(name:str): # as it is asked for
     "Offer a function (windows, data, seed) → scores as a difficulty."
@@ -48,7 +48,7 @@ def _compression(windows, data, seed):
 @register_difficulty('random')
 def _random(windows, data, seed): return np.random.default_rng([seed % 2**64, 1]).random(len(windows))
 
-# %% ../nbs/12_system.ipynb #ed4cece6
+# %% ../nbs/12_system.ipynb #652bd68c
 @register_difficulty('bigram')
 def _bigram(windows, data, seed):
     t, V = np.asarray(data.train_tokens).astype(np.int64), data.vocab_size
@@ -60,7 +60,7 @@ def _bigram(windows, data, seed):
     both = np.where(pairs[at] == key, n[at], 0)
     return -np.log((both + 1)/(first[w[:,:-1]] + V)).mean(1)
 
-# %% ../nbs/12_system.ipynb #f9d5fa17
+# %% ../nbs/12_system.ipynb #572e1344
 @torch.no_grad()
 def window_losses(model:nn.Module, # (B, N) → logits; it stays in its mode
     windows, # (n, N+1) token ids, numpy
@@ -93,7 +93,7 @@ def difficulty(how, # a name in `DIFFICULTIES`, a model, or the scores themselve
         raise ValueError(f'difficulty wants {len(windows)} finite scores, one per window; got {s.shape}')
     return s
 
-# %% ../nbs/12_system.ipynb #48e8673e
+# %% ../nbs/12_system.ipynb #8ea83ea4
 PACINGS = dict(linear=lambda s, c: c + (1-c)*s,
                root=lambda s, c: math.sqrt(c*c + (1-c*c)*s),
                exponential=lambda s, c: c**(1-s)) # name → function (progress 0..1, start) → share
@@ -110,7 +110,7 @@ def open_share(t:float, # share of the budget that is spent, 0 to 1
         if not 0 < v <= 1: raise ValueError(f'{k} is a share, 0 < {k} <= 1; got {v}')
     return 1. if t >= full else min(1., PACINGS[pacing](max(0., t)/full, start))
 
-# %% ../nbs/12_system.ipynb #4c5fa89a
+# %% ../nbs/12_system.ipynb #04ef43d4
 class PacedBatches:
     """Batches (x, y) like those of `base`, drawn from the easiest `share` of its windows; `share` may be set
     at any time. `ValueError` without `shuffle` and for fewer windows than a batch of all processes."""
@@ -140,17 +140,22 @@ class PacedBatches:
     def n_open(self): # windows, enough for a batch
         return max(self.least, math.ceil(self.share*len(self.order)))
 
-    def batch(self, i): # draw number i, at the present share
-        rng = np.random.default_rng([self.seed % 2**64, 2, i])
-        pick = rng.choice(self.n_open, self.least, replace=False, shuffle=True)[self.rank::self.world]
-        w = self.tokens[self.order[pick][:,None] + np.arange(self.context + 1)]
-        w = torch.from_numpy(np.asarray(w).astype(np.int64))
-        return w[:,:-1].contiguous(), w[:,1:].contiguous()
+# %% ../nbs/12_system.ipynb #c00cfa5e
+@patch
+def batch(self:PacedBatches, i:int)->tuple: # (x, y), each (B, N) int64
+    "Draw number i, at the present share."
+    rng = np.random.default_rng([self.seed % 2**64, 2, i])
+    pick = rng.choice(self.n_open, self.least, replace=False)[self.rank::self.world]
+    w = self.tokens[self.order[pick][:,None] + np.arange(self.context + 1)]
+    w = torch.from_numpy(np.asarray(w).astype(np.int64))
+    return w[:,:-1].contiguous(), w[:,1:].contiguous()
 
-    def forever(self):
-        while True:
-            self.index += 1
-            yield self.batch(self.index - 1)
+@patch
+def forever(self:PacedBatches):
+    "Batches without end, from the present draw."
+    while True:
+        self.index += 1
+        yield self.batch(self.index - 1)
 
 def paced_starts(base:Batches, pool:int=None, # how many, drawn by the seed of `base`; None: all
 )->np.ndarray: # (n,) in the order of the text
@@ -160,7 +165,7 @@ def paced_starts(base:Batches, pool:int=None, # how many, drawn by the seed of `
     if pool is None or pool >= len(at): return at
     return np.sort(np.random.default_rng([base.seed % 2**64, 3]).choice(at, pool, replace=False))
 
-# %% ../nbs/12_system.ipynb #b5e99400
+# %% ../nbs/12_system.ipynb #cccd402f
 @patch
 def state_dict(self:PacedBatches)->dict: # {epoch, index, seed, windows}
     "The position in the stream; the share is the business of the one who sets it."
@@ -170,11 +175,11 @@ def state_dict(self:PacedBatches)->dict: # {epoch, index, seed, windows}
 def load_state_dict(self:PacedBatches, state:dict):
     "Go on from a saved position. `ValueError` if it is of another number of windows."
     if state.get('windows') != len(self.order):
-        raise ValueError(f"saved with {state.get('windows')} windows, but there are {len(self.order)}: use the "
-                         'text, context and pool it was saved with')
+        raise ValueError(f"saved with {state.get('windows')} windows, but there are {len(self.order)}: "
+                         'use the text, context and pool it was saved with')
     self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
 
-# %% ../nbs/12_system.ipynb #f18bec91
+# %% ../nbs/12_system.ipynb #ff569bc0
 Price = namedtuple('Price', 'once step') # in plain training steps: before the run, and beside each step
 
 def _size(model): # parameters that are multiplied with every token
@@ -182,6 +187,7 @@ def _size(model): # parameters that are multiplied with every token
              for p in m.parameters(recurse=False)}
     return sum(p.numel() for p in model.parameters() if id(p) not in table)
 
+# %% ../nbs/12_system.ipynb #1bba0cbb
 register_metric('open_share', 'share of the training windows, easiest first, that a curriculum shows')
 
 class Curriculum(Callback):
@@ -213,19 +219,22 @@ class Curriculum(Callback):
         if isinstance(self.difficulty, nn.Module): self.difficulty.to(l.device)
         self.install(base, starts, difficulty(self.difficulty, windows, l.data, base.seed))
 
-    def install(self, base, starts, scores):
-        self.starts, self.scores, self.sampler = starts, scores, PacedBatches(base, scores, starts)
-        data = copy.copy(self.learn.data)
-        data.train = self.sampler
-        self.before_step()
-        self.learn.set_data(data)
+# %% ../nbs/12_system.ipynb #d67a6044
+@patch
+def install(self:Curriculum, base:Batches, starts, scores):
+    "Put the sampler over these windows in the place of the training batches"
+    self.starts, self.scores, self.sampler = starts, scores, PacedBatches(base, scores, starts)
+    self.sampler.share = open_share(0., self.pacing, self.start, self.full)
+    data = copy.copy(self.learn.data)
+    data.train = self.sampler
+    self.learn.set_data(data)
 
-    def before_step(self):
-        done = self.learn.spent if self.learn.budget else 0.
-        self.sampler.share = open_share(done, self.pacing, self.start, self.full)
-        self.learn.log(open_share=self.sampler.share)
+@patch
+def before_step(self:Curriculum):
+    "Open the share that is due"
+    self.sampler.share = open_share(self.learn.spent, self.pacing, self.start, self.full)
+    self.learn.log(open_share=self.sampler.share)
 
-# %% ../nbs/12_system.ipynb #5bac1301
 @patch
 def state_dict(self:Curriculum)->dict: # settings and scores
     "What the order depends on."
@@ -250,18 +259,20 @@ def price(self:Curriculum, model:nn.Module, data)->Price:
     n = len(paced_starts(data.train, self.pool))/data.train.batch_size
     return Price(self.paid + n*FORWARD*_size(self.difficulty)/_size(model), 0.)
 
-# %% ../nbs/12_system.ipynb #a3d3a571
-def _entropy(logits):
+# %% ../nbs/12_system.ipynb #4916fda2
+def _entropy(logits, y):
     p = logits.float().log_softmax(-1)
     return -(p.exp()*p).sum(-1)
 
-def _margin(logits):
+def _chance(logits, y): # the same for all tokens of a window
+    return torch.rand(len(y), 1, device=y.device).expand(y.shape)
+
+def _margin(logits, y):
     top = logits.float().softmax(-1).topk(2, -1).values
     return top[...,1] - top[...,0]
 
 # name → function (logits (B, N, V), targets (B, N)) → (B, N); the highest means are kept
-SCORES = dict(loss=token_losses, reducible=token_losses, entropy=lambda l, y: _entropy(l),
-              margin=lambda l, y: _margin(l), random=lambda l, y: torch.rand(len(y), 1, device=y.device).expand(y.shape))
+SCORES = dict(loss=token_losses, reducible=token_losses, entropy=_entropy, margin=_margin, random=_chance)
 
 @torch.no_grad()
 def window_scores(score:str, # name in `SCORES`
@@ -287,7 +298,7 @@ def window_scores(score:str, # name in `SCORES`
     if reference is not None: each = each - token_losses(run(reference), y)
     return (each*asked).sum(-1)/asked.sum(-1).clamp(min=1)
 
-# %% ../nbs/12_system.ipynb #60acbf42
+# %% ../nbs/12_system.ipynb #67a2915b
 class Selection(Callback):
     """Trains on the best of `pool` times as many windows. `ValueError` for an unknown score, a pool of less
     than 2, 'reducible' without its reference, or a training text that another part has replaced."""
@@ -298,7 +309,7 @@ class Selection(Callback):
         reference:nn.Module=None, # for 'reducible', trained on other text (Mindermann et al. 2022)
         paid:float=0., # what the reference cost, in training steps of the one that learns
     ):
-        if int(pool) != pool or pool < 2: raise ValueError(f'pool wants 2 or more windows for one; got {pool}')
+        if int(pool) != pool or pool < 2: raise ValueError(f'pool: wants 2 or more windows; got {pool}')
         if score not in SCORES: raise ValueError(f'score wants one of {", ".join(SCORES)}; got {score!r}')
         if (score == 'reducible') != (reference is not None):
             raise ValueError("the score 'reducible' wants a reference model, and no other score does")
@@ -316,15 +327,20 @@ class Selection(Callback):
         self.data = l.data.rebatch(batch_size=l.data.batch_size*self.pool)
         l.set_data(self.data)
 
-    def before_batch(self):
-        l = self.learn
-        with l.parallel.autocast(): s = window_scores(self.score, l.model, l.x, l.y, self.reference)
-        keep = s.float().topk(max(1, len(s)//self.pool)).indices.sort().values
-        self.scored, self.trained = self.scored + len(s), self.trained + len(keep)
-        l.x, l.y = l.x[keep], l.y[keep]
+# %% ../nbs/12_system.ipynb #771d0e5e
+@patch
+def before_batch(self:Selection):
+    "Keep the best of the batch at hand"
+    l = self.learn
+    with l.parallel.autocast(): s = window_scores(self.score, l.model, l.x, l.y, self.reference)
+    keep = s.float().topk(max(1, len(s)//self.pool)).indices.sort().values
+    self.scored, self.trained = self.scored + len(s), self.trained + len(keep)
+    l.x, l.y = l.x[keep], l.y[keep]
 
-    def state_dict(self): return dict(scored=self.scored, trained=self.trained)
-    def load_state_dict(self, d): self.scored, self.trained = d['scored'], d['trained']
+@patch
+def state_dict(self:Selection)->dict: return dict(scored=self.scored, trained=self.trained)
+@patch
+def load_state_dict(self:Selection, saved:dict): self.scored, self.trained = saved['scored'], saved['trained']
 
 @patch
 def price(self:Selection, model:nn.Module, data)->Price:
@@ -332,7 +348,7 @@ def price(self:Selection, model:nn.Module, data)->Price:
     other = 0 if self.reference is None else _size(self.reference)/_size(model)
     return Price(self.paid, self.pool*FORWARD*(1 + other))
 
-# %% ../nbs/12_system.ipynb #43306d01
+# %% ../nbs/12_system.ipynb #33bd0648
 class TokenNoise(Callback):
     """Replaces the share `p` of the input tokens while training, by tokens of the batch or by `token`.
     `ValueError` for a share outside [0, 1) or a token outside the vocabulary."""
@@ -347,15 +363,15 @@ class TokenNoise(Callback):
     def before_batch(self):
         l, x = self.learn, self.learn.x
         hit = torch.rand(x.shape, device=x.device) < self.p
-        other = x.flatten()[torch.randint(max(1, x.numel()), x.shape, device=x.device)] if self.token is None \
-            else torch.full_like(x, self.token)
+        if self.token is not None: other = torch.full_like(x, self.token)
+        else: other = x.flatten()[torch.randint(max(1, x.numel()), x.shape, device=x.device)]
         l.x = torch.where(hit, other, x)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #4f6352d6
+# %% ../nbs/12_system.ipynb #989dbe2b
 class Transfer(Callback):
-    """Trains on `source` for the first `share` of the budget, then on the learner's own data. `ValueError` for
-    a share outside (0, 1), another vocabulary, or a text that another part has replaced."""
+    """Trains on `source` for the first `share` of the budget, then on the learner's own data. `ValueError`
+    for a share outside (0, 1), another vocabulary, or a text that another part has replaced."""
     order, name = -50, 'Transfer' # before the evaluation
     def __init__(self, source:LMData, share:float=.5):
         if not 0 < share < 1: raise ValueError(f'share: 0 < share < 1 of the budget; got {share}')
@@ -385,7 +401,21 @@ class Transfer(Callback):
         if d['target']: self.learn.set_data(self.target)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #e0ac053e
+# %% ../nbs/12_system.ipynb #ee4e4792
+_how = dict(group='what to train on')
+def _curriculum(v, o): return [Curriculum(v, o['curriculum_pacing'], o['curriculum_start'])] if v else []
+register_option('curriculum', None, 'show the easiest windows first, by this measure',
+                choices=tuple(sorted(DIFFICULTIES)), cbs=_curriculum, **_how)
+register_option('curriculum_pacing', 'root', 'how the rest is opened', choices=tuple(PACINGS), **_how)
+register_option('curriculum_start', .1, 'share that is open at first', float, **_how)
+register_option('selection', None, 'train on the best windows of more, by this score',
+                choices=tuple(s for s in SCORES if s != 'reducible'),
+                cbs=lambda v, o: [Selection(v, o['selection_pool'])] if v else [], **_how)
+register_option('selection_pool', 4, 'windows read for one that is kept', int, **_how)
+register_option('token_noise', 0., 'share of input tokens that are replaced', float,
+                cbs=lambda v, o: [TokenNoise(v)] if v else [], **_how);
+
+# %% ../nbs/12_system.ipynb #89434fa8
 @dataclass
 class FixedCompute:
     "Ways to train, at one compute; the first is the baseline. Validation loss in nats, a value per seed."
@@ -415,14 +445,15 @@ class FixedCompute:
         return '\n'.join(rows)
     __str__ = table
 
-# %% ../nbs/12_system.ipynb #bcf50af3
+# %% ../nbs/12_system.ipynb #9def9e06
 def affordable(steps:int, # plain steps that the budget pays for
     price:Price, # of the way to train
 )->int: # steps that are left
     "How many steps a way of this price takes for the budget. `ValueError` when nothing is left."
     n = int((steps - price.once)/(1 + price.step) + 1e-9)
-    if n < 1: raise ValueError(f'{steps} plain steps do not pay for one step: the scores cost {price.once:.1f} '
-                               f'before the run, and {price.step:.2f} beside each step')
+    if n < 1:
+        raise ValueError(f'{steps} plain steps do not pay for one step: the scores cost {price.once:.1f} '
+                         f'before the run, and {price.step:.2f} beside each step')
     return n
 
 def compare_fixed_compute(
