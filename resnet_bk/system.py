@@ -7,7 +7,7 @@ __all__ = ['FORWARD', 'DIFFICULTIES', 'PACINGS', 'Price', 'SCORES', 'register_di
            'open_share', 'PacedBatches', 'paced_starts', 'Curriculum', 'window_scores', 'Selection', 'TokenNoise',
            'Transfer', 'FixedCompute', 'affordable', 'compare_fixed_compute']
 
-# %% ../nbs/12_system.ipynb #c9bd4388
+# %% ../nbs/12_system.ipynb #b7eedba5
 import copy, math, zlib
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .learner import (Callback, CancelFit, Learner, logits_of, register_metric, 
                                set_seed, token_losses)
 from .equilibrium import paired_interval
 
-# %% ../nbs/12_system.ipynb #082a1daa
+# %% ../nbs/12_system.ipynb #0f482217
 FORWARD = 1/3 # cost of a forward pass by that of a training step: backward takes twice as much as forward
 
 DIFFICULTIES = {} # name → function (windows (n, N+1), data, seed) → (n,) scores, higher is harder
@@ -48,7 +48,7 @@ def _compression(windows, data, seed):
 @register_difficulty('random')
 def _random(windows, data, seed): return np.random.default_rng([seed % 2**64, 1]).random(len(windows))
 
-# %% ../nbs/12_system.ipynb #652bd68c
+# %% ../nbs/12_system.ipynb #bf9682c5
 @register_difficulty('bigram')
 def _bigram(windows, data, seed):
     t, V = np.asarray(data.train_tokens).astype(np.int64), data.vocab_size
@@ -60,7 +60,7 @@ def _bigram(windows, data, seed):
     both = np.where(pairs[at] == key, n[at], 0)
     return -np.log((both + 1)/(first[w[:,:-1]] + V)).mean(1)
 
-# %% ../nbs/12_system.ipynb #572e1344
+# %% ../nbs/12_system.ipynb #d9bac71b
 @torch.no_grad()
 def window_losses(model:nn.Module, # (B, N) → logits; it stays in its mode
     windows, # (n, N+1) token ids, numpy
@@ -68,13 +68,15 @@ def window_losses(model:nn.Module, # (B, N) → logits; it stays in its mode
 )->np.ndarray: # (n,) nats per token
     "The mean loss of a model on each window."
     mode, device = model.training, next(model.parameters()).device
-    model.eval()
     out = []
-    for i in range(0, len(windows), batch_size):
-        w = torch.from_numpy(windows[i:i+batch_size].astype(np.int64)).to(device)
-        out.append(token_losses(logits_of(model(w[:,:-1])), w[:,1:]).mean(1).cpu())
-    take_aux_losses(model)
-    model.train(mode)
+    model.eval()
+    try:
+        for i in range(0, len(windows), batch_size):
+            w = torch.from_numpy(windows[i:i+batch_size].astype(np.int64)).to(device)
+            out.append(token_losses(logits_of(model(w[:,:-1])), w[:,1:]).mean(1).cpu())
+    finally:
+        model.train(mode)
+        take_aux_losses(model)
     return torch.cat(out).double().numpy() if out else np.zeros(0)
 
 def difficulty(how, # a name in `DIFFICULTIES`, a model, or the scores themselves
@@ -93,7 +95,7 @@ def difficulty(how, # a name in `DIFFICULTIES`, a model, or the scores themselve
         raise ValueError(f'difficulty wants {len(windows)} finite scores, one per window; got {s.shape}')
     return s
 
-# %% ../nbs/12_system.ipynb #8ea83ea4
+# %% ../nbs/12_system.ipynb #8c3f2563
 PACINGS = dict(linear=lambda s, c: c + (1-c)*s,
                root=lambda s, c: math.sqrt(c*c + (1-c*c)*s),
                exponential=lambda s, c: c**(1-s)) # name → function (progress 0..1, start) → share
@@ -110,7 +112,7 @@ def open_share(t:float, # share of the budget that is spent, 0 to 1
         if not 0 < v <= 1: raise ValueError(f'{k} is a share, 0 < {k} <= 1; got {v}')
     return 1. if t >= full else min(1., PACINGS[pacing](max(0., t)/full, start))
 
-# %% ../nbs/12_system.ipynb #04ef43d4
+# %% ../nbs/12_system.ipynb #1de3224d
 class PacedBatches:
     """Batches (x, y) like those of `base`, drawn from the easiest `share` of its windows; `share` may be set
     at any time. `ValueError` without `shuffle` and for fewer windows than a batch of all processes."""
@@ -140,7 +142,7 @@ class PacedBatches:
     def n_open(self): # windows, enough for a batch
         return max(self.least, math.ceil(self.share*len(self.order)))
 
-# %% ../nbs/12_system.ipynb #c00cfa5e
+# %% ../nbs/12_system.ipynb #59d3fa38
 @patch
 def batch(self:PacedBatches, i:int)->tuple: # (x, y), each (B, N) int64
     "Draw number i, at the present share."
@@ -157,15 +159,19 @@ def forever(self:PacedBatches):
         self.index += 1
         yield self.batch(self.index - 1)
 
+def _check_pool(pool, least):
+    if not least <= pool < math.inf or int(pool) != pool:
+        raise ValueError(f'pool: give {least} or more windows; got {pool}')
+
 def paced_starts(base:Batches, pool:int=None, # how many, drawn by the seed of `base`; None: all
 )->np.ndarray: # (n,) in the order of the text
     "Where the fixed windows of a text begin. `ValueError` for a pool without a window."
-    if pool is not None and pool < 1: raise ValueError(f'pool: give at least 1 window; got {pool}')
+    if pool is not None: _check_pool(pool, 1)
     at = np.arange((len(base.tokens) - 1)//base.context)*base.context
     if pool is None or pool >= len(at): return at
     return np.sort(np.random.default_rng([base.seed % 2**64, 3]).choice(at, pool, replace=False))
 
-# %% ../nbs/12_system.ipynb #cccd402f
+# %% ../nbs/12_system.ipynb #bfecbcd8
 @patch
 def state_dict(self:PacedBatches)->dict: # {epoch, index, seed, windows}
     "The position in the stream; the share is the business of the one who sets it."
@@ -179,21 +185,28 @@ def load_state_dict(self:PacedBatches, state:dict):
                          'use the text, context and pool it was saved with')
     self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
 
-# %% ../nbs/12_system.ipynb #ff569bc0
+# %% ../nbs/12_system.ipynb #a656eb73
 Price = namedtuple('Price', 'once step') # in plain training steps: before the run, and beside each step
+
+def _alone(cb): # two parts that put their own batches in the learner would undo one another
+    clash = [type(c).__name__ for c in cb.learn.cbs if getattr(c, 'chooses', False) and c is not cb]
+    if clash: raise ValueError(f'{type(cb).__name__} and {clash[0]} both choose the text: use one of them')
+
+def _check_paid(paid):
+    if not 0 <= paid < math.inf: raise ValueError(f'paid is a number of steps, 0 or more; got {paid}')
 
 def _size(model): # parameters that are multiplied with every token
     table = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
              for p in m.parameters(recurse=False)}
     return sum(p.numel() for p in model.parameters() if id(p) not in table)
 
-# %% ../nbs/12_system.ipynb #1bba0cbb
+# %% ../nbs/12_system.ipynb #d7991f9a
 register_metric('open_share', 'share of the training windows, easiest first, that a curriculum shows')
 
 class Curriculum(Callback):
     """Trains on the easiest windows first (Bengio et al. 2009). `ValueError` for an unknown difficulty or
     pacing, shares outside (0, 1], or a training text that another part has replaced."""
-    order, name = -40, 'Curriculum'
+    order, chooses = -40, True
     def __init__(self,
         difficulty='compression', # a name in `DIFFICULTIES`, a model, or a score for each window of the pool
         pacing:str='root', # name in `PACINGS`
@@ -206,11 +219,14 @@ class Curriculum(Callback):
         if isinstance(difficulty, str) and difficulty not in DIFFICULTIES:
             raise ValueError(f'difficulty wants a model, scores or one of {", ".join(sorted(DIFFICULTIES))}; '
                              f'got {difficulty!r}')
+        if pool is not None: _check_pool(pool, 1)
+        _check_paid(paid)
         store_attr()
         self.scores, self.sampler = None, None
 
     def before_run(self):
         l = self.learn
+        _alone(self)
         base = self.sampler.base if l.data.train is self.sampler and self.sampler else l.data.train
         if not isinstance(base, Batches):
             raise ValueError(f'a curriculum wants the shuffled Batches of a training text; got {base!r}')
@@ -219,7 +235,7 @@ class Curriculum(Callback):
         if isinstance(self.difficulty, nn.Module): self.difficulty.to(l.device)
         self.install(base, starts, difficulty(self.difficulty, windows, l.data, base.seed))
 
-# %% ../nbs/12_system.ipynb #d67a6044
+# %% ../nbs/12_system.ipynb #f487c1fe
 @patch
 def install(self:Curriculum, base:Batches, starts, scores):
     "Put the sampler over these windows in the place of the training batches"
@@ -259,7 +275,7 @@ def price(self:Curriculum, model:nn.Module, data)->Price:
     n = len(paced_starts(data.train, self.pool))/data.train.batch_size
     return Price(self.paid + n*FORWARD*_size(self.difficulty)/_size(model), 0.)
 
-# %% ../nbs/12_system.ipynb #4916fda2
+# %% ../nbs/12_system.ipynb #a9fcddfb
 def _entropy(logits, y):
     p = logits.float().log_softmax(-1)
     return -(p.exp()*p).sum(-1)
@@ -298,18 +314,19 @@ def window_scores(score:str, # name in `SCORES`
     if reference is not None: each = each - token_losses(run(reference), y)
     return (each*asked).sum(-1)/asked.sum(-1).clamp(min=1)
 
-# %% ../nbs/12_system.ipynb #67a2915b
+# %% ../nbs/12_system.ipynb #f4a3a3dc
 class Selection(Callback):
     """Trains on the best of `pool` times as many windows. `ValueError` for an unknown score, a pool of less
     than 2, 'reducible' without its reference, or a training text that another part has replaced."""
-    order, name = -30, 'Selection'
+    order, chooses = -30, True
     def __init__(self,
         score:str='loss', # name in `SCORES`
         pool:int=4, # windows read for one that is kept
         reference:nn.Module=None, # for 'reducible', trained on other text (Mindermann et al. 2022)
         paid:float=0., # what the reference cost, in training steps of the one that learns
     ):
-        if int(pool) != pool or pool < 2: raise ValueError(f'pool: wants 2 or more windows; got {pool}')
+        _check_pool(pool, 2)
+        _check_paid(paid)
         if score not in SCORES: raise ValueError(f'score wants one of {", ".join(SCORES)}; got {score!r}')
         if (score == 'reducible') != (reference is not None):
             raise ValueError("the score 'reducible' wants a reference model, and no other score does")
@@ -318,16 +335,16 @@ class Selection(Callback):
 
     def before_run(self):
         l = self.learn
+        _alone(self)
         if not isinstance(l.data.train, Batches):
-            raise ValueError(f'selection reads its own batches, but the training text is a {l.data.train!r}: '
-                             'use either of the two')
+            raise ValueError(f'selection wants the Batches of a training text; got {l.data.train!r}')
         if self.reference is not None: self.reference.to(l.device)
         self.scored = self.trained = 0
         if l.data is self.data: return # a second run
         self.data = l.data.rebatch(batch_size=l.data.batch_size*self.pool)
         l.set_data(self.data)
 
-# %% ../nbs/12_system.ipynb #771d0e5e
+# %% ../nbs/12_system.ipynb #e8e479da
 @patch
 def before_batch(self:Selection):
     "Keep the best of the batch at hand"
@@ -348,11 +365,11 @@ def price(self:Selection, model:nn.Module, data)->Price:
     other = 0 if self.reference is None else _size(self.reference)/_size(model)
     return Price(self.paid, self.pool*FORWARD*(1 + other))
 
-# %% ../nbs/12_system.ipynb #33bd0648
+# %% ../nbs/12_system.ipynb #4c813748
 class TokenNoise(Callback):
     """Replaces the share `p` of the input tokens while training, by tokens of the batch or by `token`.
     `ValueError` for a share outside [0, 1) or a token outside the vocabulary."""
-    order, name = 10, 'TokenNoise' # after `Selection`, which scores clean text
+    order = 10 # after `Selection`, which scores clean text
     def __init__(self, p:float=.1, token:int=None):
         if not 0 <= p < 1: raise ValueError(f'p is a share, 0 <= p < 1; got {p}')
         store_attr()
@@ -368,11 +385,11 @@ class TokenNoise(Callback):
         l.x = torch.where(hit, other, x)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #989dbe2b
+# %% ../nbs/12_system.ipynb #b6bfd45a
 class Transfer(Callback):
     """Trains on `source` for the first `share` of the budget, then on the learner's own data. `ValueError`
     for a share outside (0, 1), another vocabulary, or a text that another part has replaced."""
-    order, name = -50, 'Transfer' # before the evaluation
+    order, chooses = -50, True # before the evaluation
     def __init__(self, source:LMData, share:float=.5):
         if not 0 < share < 1: raise ValueError(f'share: 0 < share < 1 of the budget; got {share}')
         store_attr()
@@ -380,6 +397,7 @@ class Transfer(Callback):
 
     def before_run(self):
         l = self.learn
+        _alone(self)
         if l.data is not self.first: self.target = l.data
         b = self.target
         if not isinstance(b.train, Batches):
@@ -391,7 +409,7 @@ class Transfer(Callback):
         t, s = b.train, self.source.train
         self.first.train = Batches(s.tokens, t.batch_size, t.context, t.seed, rank=t.rank, world=t.world)
         at = t.state_dict()
-        if not self.learn.resuming: t.load_state_dict(at | dict(epoch=0, index=0))
+        t.load_state_dict(at | dict(epoch=0, index=0)) # a run begins at the start of both
         l.set_data(self.first)
 
     def after_step(self):
@@ -401,7 +419,7 @@ class Transfer(Callback):
         if d['target']: self.learn.set_data(self.target)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #ee4e4792
+# %% ../nbs/12_system.ipynb #51f8f6cc
 _how = dict(group='what to train on')
 def _curriculum(v, o): return [Curriculum(v, o['curriculum_pacing'], o['curriculum_start'])] if v else []
 register_option('curriculum', None, 'show the easiest windows first, by this measure',
@@ -415,7 +433,7 @@ register_option('selection_pool', 4, 'windows read for one that is kept', int, *
 register_option('token_noise', 0., 'share of input tokens that are replaced', float,
                 cbs=lambda v, o: [TokenNoise(v)] if v else [], **_how);
 
-# %% ../nbs/12_system.ipynb #89434fa8
+# %% ../nbs/12_system.ipynb #81fc3244
 @dataclass
 class FixedCompute:
     "Ways to train, at one compute; the first is the baseline. Validation loss in nats, a value per seed."
@@ -445,7 +463,7 @@ class FixedCompute:
         return '\n'.join(rows)
     __str__ = table
 
-# %% ../nbs/12_system.ipynb #9def9e06
+# %% ../nbs/12_system.ipynb #d941cdfc
 def affordable(steps:int, # plain steps that the budget pays for
     price:Price, # of the way to train
 )->int: # steps that are left
