@@ -7,7 +7,7 @@ __all__ = ['FORWARD', 'DIFFICULTIES', 'PACINGS', 'Price', 'SCORES', 'register_di
            'open_share', 'PacedBatches', 'paced_starts', 'Curriculum', 'window_scores', 'Selection', 'TokenNoise',
            'Transfer', 'FixedCompute', 'affordable', 'compare_fixed_compute']
 
-# %% ../nbs/12_system.ipynb #b7eedba5
+# %% ../nbs/12_system.ipynb #968bbdee
 import copy, math, zlib
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .learner import (Callback, CancelFit, Learner, logits_of, register_metric, 
                                set_seed, token_losses)
 from .equilibrium import paired_interval
 
-# %% ../nbs/12_system.ipynb #0f482217
+# %% ../nbs/12_system.ipynb #80f0c6c3
 FORWARD = 1/3 # cost of a forward pass by that of a training step: backward takes twice as much as forward
 
 DIFFICULTIES = {} # name → function (windows (n, N+1), data, seed) → (n,) scores, higher is harder
@@ -48,7 +48,7 @@ def _compression(windows, data, seed):
 @register_difficulty('random')
 def _random(windows, data, seed): return np.random.default_rng([seed % 2**64, 1]).random(len(windows))
 
-# %% ../nbs/12_system.ipynb #bf9682c5
+# %% ../nbs/12_system.ipynb #5db5af1f
 @register_difficulty('bigram')
 def _bigram(windows, data, seed):
     t, V = np.asarray(data.train_tokens).astype(np.int64), data.vocab_size
@@ -60,7 +60,7 @@ def _bigram(windows, data, seed):
     both = np.where(pairs[at] == key, n[at], 0)
     return -np.log((both + 1)/(first[w[:,:-1]] + V)).mean(1)
 
-# %% ../nbs/12_system.ipynb #d9bac71b
+# %% ../nbs/12_system.ipynb #9635035e
 @torch.no_grad()
 def window_losses(model:nn.Module, # (B, N) → logits; it stays in its mode
     windows, # (n, N+1) token ids, numpy
@@ -95,7 +95,7 @@ def difficulty(how, # a name in `DIFFICULTIES`, a model, or the scores themselve
         raise ValueError(f'difficulty wants {len(windows)} finite scores, one per window; got {s.shape}')
     return s
 
-# %% ../nbs/12_system.ipynb #8c3f2563
+# %% ../nbs/12_system.ipynb #e17b4b06
 PACINGS = dict(linear=lambda s, c: c + (1-c)*s,
                root=lambda s, c: math.sqrt(c*c + (1-c*c)*s),
                exponential=lambda s, c: c**(1-s)) # name → function (progress 0..1, start) → share
@@ -112,7 +112,7 @@ def open_share(t:float, # share of the budget that is spent, 0 to 1
         if not 0 < v <= 1: raise ValueError(f'{k} is a share, 0 < {k} <= 1; got {v}')
     return 1. if t >= full else min(1., PACINGS[pacing](max(0., t)/full, start))
 
-# %% ../nbs/12_system.ipynb #1de3224d
+# %% ../nbs/12_system.ipynb #6293a8c1
 class PacedBatches:
     """Batches (x, y) like those of `base`, drawn from the easiest `share` of its windows; `share` may be set
     at any time. `ValueError` without `shuffle` and for fewer windows than a batch of all processes."""
@@ -142,7 +142,7 @@ class PacedBatches:
     def n_open(self): # windows, enough for a batch
         return max(self.least, math.ceil(self.share*len(self.order)))
 
-# %% ../nbs/12_system.ipynb #59d3fa38
+# %% ../nbs/12_system.ipynb #43f6c46a
 @patch
 def batch(self:PacedBatches, i:int)->tuple: # (x, y), each (B, N) int64
     "Draw number i, at the present share."
@@ -171,7 +171,7 @@ def paced_starts(base:Batches, pool:int=None, # how many, drawn by the seed of `
     if pool is None or pool >= len(at): return at
     return np.sort(np.random.default_rng([base.seed % 2**64, 3]).choice(at, pool, replace=False))
 
-# %% ../nbs/12_system.ipynb #bfecbcd8
+# %% ../nbs/12_system.ipynb #eb548329
 @patch
 def state_dict(self:PacedBatches)->dict: # {epoch, index, seed, windows}
     "The position in the stream; the share is the business of the one who sets it."
@@ -185,7 +185,7 @@ def load_state_dict(self:PacedBatches, state:dict):
                          'use the text, context and pool it was saved with')
     self.epoch, self.index, self.seed = state['epoch'], state['index'], state['seed']
 
-# %% ../nbs/12_system.ipynb #a656eb73
+# %% ../nbs/12_system.ipynb #f2a5160f
 Price = namedtuple('Price', 'once step') # in plain training steps: before the run, and beside each step
 
 def _alone(cb): # two parts that put their own batches in the learner would undo one another
@@ -200,7 +200,7 @@ def _size(model): # parameters that are multiplied with every token
              for p in m.parameters(recurse=False)}
     return sum(p.numel() for p in model.parameters() if id(p) not in table)
 
-# %% ../nbs/12_system.ipynb #d7991f9a
+# %% ../nbs/12_system.ipynb #99bfa797
 register_metric('open_share', 'share of the training windows, easiest first, that a curriculum shows')
 
 class Curriculum(Callback):
@@ -235,7 +235,7 @@ class Curriculum(Callback):
         if isinstance(self.difficulty, nn.Module): self.difficulty.to(l.device)
         self.install(base, starts, difficulty(self.difficulty, windows, l.data, base.seed))
 
-# %% ../nbs/12_system.ipynb #f487c1fe
+# %% ../nbs/12_system.ipynb #360f5f45
 @patch
 def install(self:Curriculum, base:Batches, starts, scores):
     "Put the sampler over these windows in the place of the training batches"
@@ -275,7 +275,7 @@ def price(self:Curriculum, model:nn.Module, data)->Price:
     n = len(paced_starts(data.train, self.pool))/data.train.batch_size
     return Price(self.paid + n*FORWARD*_size(self.difficulty)/_size(model), 0.)
 
-# %% ../nbs/12_system.ipynb #a9fcddfb
+# %% ../nbs/12_system.ipynb #b7af00f6
 def _entropy(logits, y):
     p = logits.float().log_softmax(-1)
     return -(p.exp()*p).sum(-1)
@@ -314,7 +314,7 @@ def window_scores(score:str, # name in `SCORES`
     if reference is not None: each = each - token_losses(run(reference), y)
     return (each*asked).sum(-1)/asked.sum(-1).clamp(min=1)
 
-# %% ../nbs/12_system.ipynb #f4a3a3dc
+# %% ../nbs/12_system.ipynb #36d982f1
 class Selection(Callback):
     """Trains on the best of `pool` times as many windows. `ValueError` for an unknown score, a pool of less
     than 2, 'reducible' without its reference, or a training text that another part has replaced."""
@@ -344,7 +344,7 @@ class Selection(Callback):
         self.data = l.data.rebatch(batch_size=l.data.batch_size*self.pool)
         l.set_data(self.data)
 
-# %% ../nbs/12_system.ipynb #e8e479da
+# %% ../nbs/12_system.ipynb #b8cee48a
 @patch
 def before_batch(self:Selection):
     "Keep the best of the batch at hand"
@@ -365,7 +365,7 @@ def price(self:Selection, model:nn.Module, data)->Price:
     other = 0 if self.reference is None else _size(self.reference)/_size(model)
     return Price(self.paid, self.pool*FORWARD*(1 + other))
 
-# %% ../nbs/12_system.ipynb #4c813748
+# %% ../nbs/12_system.ipynb #242a490c
 class TokenNoise(Callback):
     """Replaces the share `p` of the input tokens while training, by tokens of the batch or by `token`.
     `ValueError` for a share outside [0, 1) or a token outside the vocabulary."""
@@ -385,7 +385,7 @@ class TokenNoise(Callback):
         l.x = torch.where(hit, other, x)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #b6bfd45a
+# %% ../nbs/12_system.ipynb #e12dcac9
 class Transfer(Callback):
     """Trains on `source` for the first `share` of the budget, then on the learner's own data. `ValueError`
     for a share outside (0, 1), another vocabulary, or a text that another part has replaced."""
@@ -419,7 +419,7 @@ class Transfer(Callback):
         if d['target']: self.learn.set_data(self.target)
     def price(self, model, data): return Price(0., 0.)
 
-# %% ../nbs/12_system.ipynb #51f8f6cc
+# %% ../nbs/12_system.ipynb #35aab565
 _how = dict(group='what to train on')
 def _curriculum(v, o): return [Curriculum(v, o['curriculum_pacing'], o['curriculum_start'])] if v else []
 register_option('curriculum', None, 'show the easiest windows first, by this measure',
@@ -433,7 +433,7 @@ register_option('selection_pool', 4, 'windows read for one that is kept', int, *
 register_option('token_noise', 0., 'share of input tokens that are replaced', float,
                 cbs=lambda v, o: [TokenNoise(v)] if v else [], **_how);
 
-# %% ../nbs/12_system.ipynb #81fc3244
+# %% ../nbs/12_system.ipynb #5e760ecd
 @dataclass
 class FixedCompute:
     "Ways to train, at one compute; the first is the baseline. Validation loss in nats, a value per seed."
@@ -463,7 +463,7 @@ class FixedCompute:
         return '\n'.join(rows)
     __str__ = table
 
-# %% ../nbs/12_system.ipynb #d941cdfc
+# %% ../nbs/12_system.ipynb #5cbc8991
 def affordable(steps:int, # plain steps that the budget pays for
     price:Price, # of the way to train
 )->int: # steps that are left
