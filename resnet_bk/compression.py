@@ -267,7 +267,7 @@ def run_pipeline(self:CompressionPipeline,
     self.data = train_loader if val_loader is None and hasattr(train_loader, 'valid') else \
         Loaders(train_loader, [] if val_loader is None else val_loader)
     if resume and not self.folder: raise ValueError('resume wants a folder')
-    self.model = self._teacher = copy.deepcopy(self.given).eval()
+    self.model = self._teacher = self._first = copy.deepcopy(self.given).eval()
     self.rows, self.taken_back = [], []
     done = self._resume() if resume else 0
     if not self.rows: self._keep(self.measure('float32', self.model), self.model, 0)
@@ -275,11 +275,13 @@ def run_pipeline(self:CompressionPipeline,
     for i,(name,kw) in enumerate(bar, done + 1):
         if self.taken_back and name not in PACKING: continue
         bar.set_postfix_str(name)
-        t = time.perf_counter()
+        t, teacher = time.perf_counter(), self._teacher
         model = STAGES[name](self, **kw).eval()
         row = self.measure(name, model, time.perf_counter() - t)
         if row['ppl'] <= (1 + self.bound)*self.rows[0]['ppl']: self._keep(row, model, i)
-        else: self._take_back(row, kw, i)
+        else:
+            self._teacher = teacher
+            self._take_back(row, kw, i)
     return self.model, self.metrics()
 
 # %% ../nbs/09d_compression.ipynb #15a427b0
@@ -303,6 +305,8 @@ def _keep(self:CompressionPipeline, row, model, i):
     model.save_pretrained(tmp)
     shutil.rmtree(at, ignore_errors=True)
     tmp.rename(at)
+    if i == 0: shutil.rmtree(self.folder/'teacher', ignore_errors=True)
+    elif self._teacher is not self._first: self._teacher.save_pretrained(self.folder/'teacher')
     self._write(i)
 
 @patch
@@ -323,6 +327,7 @@ def _resume(self:CompressionPipeline)->int: # stages that are done
     if kept['stages'][:n] != plain[:n]: raise ValueError(f'{path} is of other stages; name another folder')
     at = self.folder/f"{len(self.rows)-1:02d}-{self.rows[-1]['stage']}"
     self.model = ResNetBK.from_pretrained(at).eval()
+    if (self.folder/'teacher').exists(): self._teacher = ResNetBK.from_pretrained(self.folder/'teacher').eval()
     self.say(f'{n} stages are done; going on from {at.name}')
     return n
 
