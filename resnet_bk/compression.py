@@ -327,7 +327,7 @@ def _resume(self:CompressionPipeline)->int: # stages that are done
     if kept['stages'][:n] != plain[:n]: raise ValueError(f'{path} is of other stages; name another folder')
     at = self.folder/f"{len(self.rows)-1:02d}-{self.rows[-1]['stage']}"
     self.model = ResNetBK.from_pretrained(at).eval()
-    if (self.folder/'teacher').exists(): self._teacher = ResNetBK.from_pretrained(self.folder/'teacher').eval()
+    if (taught := self.folder/'teacher').exists(): self._teacher = ResNetBK.from_pretrained(taught).eval()
     self.say(f'{n} stages are done; going on from {at.name}')
     return n
 
