@@ -221,5 +221,6 @@ def _multiscale(config, mixer, ffn, layer, levels:int=2, grow:float=1., after:bo
         return ResNetBKBlock(width, m, f, config.dropout)
     block = MultiScaleResNetBKBlock(config.d_model, None, levels, grow, after, make)
     block.drawn = {m for m in drawn if isinstance(m, nn.Linear)}
-    for m in block.drawn: nn.init.normal_(m.weight, std=m.in_features**-.5)
+    for m in block.modules(): # in this order: a set has none, and a seed would not fix the weights
+        if m in block.drawn: nn.init.normal_(m.weight, std=m.in_features**-.5)
     return block
