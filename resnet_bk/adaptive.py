@@ -362,7 +362,7 @@ register_metric('loss_exit', 'next-token loss at the exits, nats per token, weig
 register_option('exit_weight', 0., 'train an exit after each block, all together with this weight', float,
                 cbs=lambda w, o: [ExitLosses(w)] if w else [])
 
-# %% ../nbs/11_adaptive.ipynb #4a049afe
+# %% ../nbs/11_adaptive.ipynb #c986d567
 @singledispatch
 def advance(
     mixer,        # `BKMixer`, `BKAttention`, `SideBySide`, or any that keeps a state
@@ -382,10 +382,23 @@ def _(mixer:BKMixer, x, state=None):
     if type(mixer.in_proj) is not nn.Linear: return mixer(x, state, None, True)[1]
     tail, chain = (None, None) if state is None else state
     h = F.linear(x, mixer.in_proj.weight[:mixer.n_in*mixer.channels])
+    if x.shape[1] == 1 and chain is not None: return _one(mixer, h, tail, chain)
     if mixer.conv is not None: h, tail = mixer.conv(h, tail)
     u, w, v = mixer._parts(h)
     chain = resolvent_mix(v, u*mixer.scale, mixer.spectrum(), w, None, True, chain, True)[1]
     return tail, chain
+
+# %% ../nbs/11_adaptive.ipynb #726aaa6b
+def _one(mixer, h, tail, chain): # one site: general forms would be all overhead
+    if mixer.conv is not None:
+        rows = torch.cat([tail, h], 1)
+        h, tail = (rows*mixer.conv.taps.flip(0)).sum(1, keepdim=True), rows[:,1:]
+    u, w, v = mixer._parts(h)
+    a = -2 - mixer.spectrum()
+    if w is not None: a = a - 1j*w[:,0]
+    if v is not None: a = a + v[:,0]
+    g = 1/(a - chain[0])
+    return tail, (g, (u[:,0]*mixer.scale - chain[1])*g)
 
 @advance.register
 def _(mixer:BKAttention, x, state=None):
