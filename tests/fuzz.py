@@ -309,8 +309,6 @@ def layer_state(c, m, B):
         s = (m.conv and c.tensor('tail', (rows, m.conv.width - 1, 3*m.d_model)), C('g0', m.n_heads), c.tensor('S', (rows, m.n_heads, d, d)))
     return s if not c.wrong('state form') else c.pick(s[:1], [], 3, (None,)*len(s))
 
-def leaves_of(c, s): return type(s)(leaves_of(c, x) for x in s) if isinstance(s, (tuple, list)) else c.leaf(s) if isinstance(s, torch.Tensor) else s
-
 def layer(c, kinds):
     kind = c.pick(*kinds)
     B, N = c.pick(1, 2, 3, 0), c.pick(1, 2, 5, 17, 40, 0)
@@ -325,7 +323,6 @@ def layer(c, kinds):
     if c.dtype == torch.bfloat16: c.dtype = torch.float32; s = None if c.some(70) else layer_state(c, m, B); c.dtype = torch.bfloat16
     else: s = None if c.some(60) else layer_state(c, m, B)
     keep = c.some(40)
-    if c.grad and s is not None and c.some(50): s = leaves_of(c, s)
     args = (c.leaf(x), s, cut)
     params = [p for p in m.parameters()] if c.grad else []
     def f(m, fused):
