@@ -420,7 +420,7 @@ def _spectrum(z, C, dt, dev): # E and η, one per channel
         return tuple(torch.full((C,), x, dtype=dt, device=dev) for x in (z.real, z.imag))
     if not z.is_complex() or z.layout != torch.strided or z.shape not in ((), (C,)):
         _refuse('z', f'complex, a scalar or ({C},) = one per channel', z)
-    if z.ndim == 0: z = z.to(dev)
+    if z.ndim == 0 and not z.is_meta: z = z.to(dev)
     if z.device != dev: _refuse('z', f'on {dev}, as the other tensors', z)
     return z.real.to(dt).expand(C), z.imag.to(dt).expand(C)
 
@@ -433,7 +433,7 @@ def _hop(hop, shape, dt, dev, state): # (B, N-1, C), with the bond to a state (B
         if not hop >= 0: raise ValueError(f'hop must be ≥ 0; got {hop}')
         return torch.full((C,), hop, dtype=dt, device=dev).expand(B, N if state else n, C)
     if not _is_real(hop): _refuse('hop', 'real', hop)
-    if hop.ndim == 0: hop = hop.to(dev)
+    if hop.ndim == 0 and not hop.is_meta: hop = hop.to(dev)
     if hop.device != dev: _refuse('hop', f'on {dev}, as the other tensors', hop)
     bonds = (n, N) if state else (n,)
     if hop.ndim < 2 and hop.shape in ((), (1,), (C,)): return hop.to(dt).expand(B, bonds[-1], C)
