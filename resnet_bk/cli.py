@@ -53,7 +53,7 @@ _opt('dropout', 0., 'share of activations that are dropped while training', floa
 _opt = partial(register_option, group='training')
 _opt('lr', 3e-3, 'peak learning rate', float)
 _opt('weight_decay', .1, 'of AdamW, on matrices', float)
-_opt('accumulate', 1, 'batches per step, on each process', int)
+_opt('accumulate', 1, 'batches per step, on each process', int, fixed=False)
 _opt('seed', 0, 'of weights and batches', int)
 _opt('mixed_precision', None, "default: what accelerate launch says, else 'no'",
      choices=('no', 'bf16', 'fp16'))
@@ -229,9 +229,11 @@ def saved_run(folder)->dict: # options
         raise ValueError(f'{folder} holds no run to resume (no run.json in it)') from None
     except ValueError: raise ValueError(f'{folder}/run.json is damaged: it is no JSON') from None
 
+_BUDGET = 'minutes', 'steps', 'epochs'
+
 def _keep_run(folder, options):
     "The options of the run, written whole or not at all, beside the tokenizer"
-    kept = {k: v for k,v in options.items() if OPTIONS[k].fixed or k in ('minutes', 'steps', 'epochs')}
+    kept = {k: v for k,v in options.items() if OPTIONS[k].fixed or k in (*_BUDGET, 'accumulate')}
     new = folder/'run.json.new'
     new.write_text(json.dumps(kept, indent=1), encoding='utf-8')
     new.replace(folder/'run.json')
@@ -250,9 +252,8 @@ def _resumed(given)->dict: # options
         free = ', '.join(f'--{k}' for k,o in OPTIONS.items() if not o.fixed)
         raise ValueError(f'the run in {folder} cannot go on with {", ".join(odd)}; '
                          f'a resumed run may change {free}')
-    budget = ('minutes', 'steps', 'epochs')
     keep = {k: v for k,v in was.items() if k in OPTIONS and k not in given}
-    if any(given.get(k) is not None for k in budget): keep = {k: v for k,v in keep.items() if k not in budget}
+    if any(given.get(k) is not None for k in _BUDGET): keep = {k: v for k,v in keep.items() if k not in _BUDGET}
     return now | keep | dict(folder=str(folder))
 
 # %% ../nbs/14_cli.ipynb #7d6d1094
@@ -436,6 +437,9 @@ def find_model(path)->Path: # folder with config.json
     if (path/'config.json').exists(): return path
     newest = list_checkpoints(path/'checkpoints')[:1]
     found = [p for p in (path/'model', *newest) if (p/'config.json').exists()]
+    if not found and newest and (newest[0]/'shards').is_dir():
+        raise ValueError(f'{newest[0]} is in shards, one for each process: make a model of it with '
+                         'resnet_bk.distributed.consolidate(checkpoint, folder)')
     if not found:
         raise ValueError(f'{path} holds no model (no config.json); give the folder that bk_train wrote')
     best = max(found, key=lambda p: (p/'config.json').stat().st_mtime)

@@ -6,6 +6,7 @@ import numpy as np, pytest
 import torch
 from resnet_bk import distributed
 from resnet_bk.checkpoints import check_checkpoint, list_checkpoints, newest_checkpoint
+from resnet_bk.cli import find_model
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason='needs gloo'),
@@ -218,14 +219,18 @@ def test_bk_train(tmp_path):
                                     "        if self.learn.step == 11 and 'STOP' in os.environ: os.kill(os.getpid(), signal.SIGTERM)\n")
     small = '--corpus text.txt --d_model 16 --n_layers 2 --context 32 --batch_size 2 --steps 40 --shard --quiet --checkpoint_every 8 --folder run --use stop'.split()
     path = os.pathsep.join([str(tmp_path/'lib'), str(tmp_path), str(ROOT), os.environ.get('PYTHONPATH', '')])
-    def train(*args, **kw):
-        cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '-m', 'resnet_bk.cli', 'train', *args]
+    def train(*args, world=2, **kw):
+        cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world}', '-m', 'resnet_bk.cli', 'train', *args]
         return subprocess.run(cmd, env=env(PYTHONPATH=path, **kw), cwd=tmp_path, capture_output=True, text=True, timeout=200)
     r = train(*small, STOP='1')
     assert r.returncode == 0 and 'go on with:  bk_train --resume' in r.stdout, r.stdout + r.stderr
     found = newest_checkpoint(tmp_path/'run/checkpoints')
     assert len(list((found/'shards').iterdir())) == 2 and not (found/'model.safetensors').exists()
-    r = train('--resume', '--folder', 'run', '--use', 'stop', '--shard')
+    with pytest.raises(ValueError, match='step-0000.* is in shards.*consolidate'): find_model(tmp_path/'run')
+    again = '--resume', '--folder', 'run', '--use', 'stop'
+    r = train(*again, world=1)
+    assert r.returncode != 0 and 'batches per step was 2, is 1' in r.stderr, r.stdout + r.stderr
+    r = train(*again, '--accumulate', '2', world=1)
     assert r.returncode == 0 and f'resumed from {found.name}' in r.stdout, r.stdout + r.stderr
     assert (tmp_path/'run/model/model.safetensors').exists() and (newest_checkpoint(tmp_path/'run/checkpoints')/'model.safetensors').exists()
 
