@@ -206,8 +206,8 @@ class CppLibrary:
     @property
     def path(self)->Path:
         "Where the compiled library is, or will be."
-        h = lambda x: hashlib.sha256(repr(x).encode()).hexdigest()[:16]
-        stem, cxx = f'{self.name}_{h(self.key())}', self.compiler()
+        h = lambda *x: hashlib.sha256('\0'.join(map(str, x)).encode()).hexdigest()[:16]
+        stem, cxx = f'{self.name}_{h(*self.key())}', self.compiler()
         if cxx: return cache_folder()/f'{stem}_{h(self.version(cxx))}.so'
         return next(iter(sorted(cache_folder().glob(f'{stem}_*.so'))), cache_folder()/f'{stem}.so')
 
