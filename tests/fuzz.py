@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed as seeded, settings, strategies as st
 from resnet_bk.bk_core import (get_tridiagonal_inverse_diagonal, resolvent_diag, resolvent_mix, vmapped_get_diag)
 from resnet_bk.mixers import BKAttention, BKMixer, resolvent_attention
+from resnet_bk.sparsity import decimated_mix
 
 TOL = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 REFUSED = (ValueError, TypeError)
@@ -204,6 +205,22 @@ def mix(c):
     def f(backend): return lambda v, u, z, w, hop, s: resolvent_mix(v, u, z, w, hop, causal, s, keep, backend)
     return f, (v, u, z, w, hop, s)
 
+def decimated(c):
+    (B, M, C), z, w, _, s = _chain(c, c.some(30))
+    c.fake = c.meta = False                           # the gaps that occur are data
+    v, u = None if c.some(30) else c.tensor('v', (B, M, C)), c.tensor('u', (B, M, C))
+    gaps = torch.randint(c.pick(1, 3, 40), (B, M), generator=c.torch, dtype=c.pick(torch.int64, torch.int64, torch.int32))
+    if c.some(10): gaps = gaps*10**6
+    gaps = None if c.some(10) else c.form('gaps', gaps)
+    if gaps is not None and c.wrong('gaps'): gaps = c.pick(gaps - 41, gaps.float(), gaps[:,:max(0, M-1)], gaps[...,None], gaps.to('meta'), gaps.short(), 3)
+    cut = None if c.some(50) else c.form('cut', torch.rand(B, M, generator=c.torch, dtype=torch.float32) < .3)
+    if c.wrong('cut'): cut = c.pick(torch.ones(B, M, dtype=torch.uint8), torch.ones(B + 1, M) > 0, [True], torch.ones(B, M, device='meta') > 0)
+    free = None if c.some(30) else c.tensor('free', (C,), positive=True)
+    if c.wrong('free'): free = c.pick(.5, torch.ones(C + 1), torch.ones(1, C), -torch.ones(C))
+    keep = c.some(40)
+    def f(backend): return lambda v, u, z, w, gaps, cut, free, s: decimated_mix(v, u, z, w, gaps, cut, free, s, keep, backend)
+    return f, (v, u, z, w, gaps, cut, free, s)
+
 def op(c, make):
     f, args = make(c)
     c.allowed = REFUSED
@@ -309,6 +326,8 @@ def layer_state(c, m, B):
         s = (m.conv and c.tensor('tail', (rows, m.conv.width - 1, 3*m.d_model)), C('g0', m.n_heads), c.tensor('S', (rows, m.n_heads, d, d)))
     return s if not c.wrong('state form') else c.pick(s[:1], [], 3, (None,)*len(s))
 
+def leaves_of(c, s): return type(s)(leaves_of(c, x) for x in s) if isinstance(s, (tuple, list)) else c.leaf(s) if isinstance(s, torch.Tensor) else s
+
 def layer(c, kinds):
     kind = c.pick(*kinds)
     B, N = c.pick(1, 2, 3, 0), c.pick(1, 2, 5, 17, 40, 0)
@@ -323,6 +342,7 @@ def layer(c, kinds):
     if c.dtype == torch.bfloat16: c.dtype = torch.float32; s = None if c.some(70) else layer_state(c, m, B); c.dtype = torch.bfloat16
     else: s = None if c.some(60) else layer_state(c, m, B)
     keep = c.some(40)
+    if c.grad and s is not None and c.some(50): s = leaves_of(c, s)
     args = (c.leaf(x), s, cut)
     params = [p for p in m.parameters()] if c.grad else []
     def f(m, fused):
@@ -398,9 +418,9 @@ def step(c, decoder):
     return compare(c, run(c, decode if decoder else m.step, (token, state)), want, TOL[torch.float32])
 
 MIXER, ATTN = [k for k in MAKE if isinstance(MAKE[k](), BKMixer)], [k for k in MAKE if isinstance(MAKE[k](), BKAttention)]
-OPS = dict(diag=lambda c: op(c, diag), mix=lambda c: op(c, mix), attention=attend, tridiagonal=lambda c: tri(c, False), vmapped=lambda c: tri(c, True),
+OPS = dict(diag=lambda c: op(c, diag), mix=lambda c: op(c, mix), decimated=lambda c: op(c, decimated), attention=attend, tridiagonal=lambda c: tri(c, False), vmapped=lambda c: tri(c, True),
            BKMixer=lambda c: layer(c, MIXER), BKAttention=lambda c: layer(c, ATTN), step=lambda c: step(c, False), Decoder=lambda c: step(c, True))
-SHARE = dict(diag=4, mix=5, attention=2, tridiagonal=1, vmapped=1, BKMixer=6, BKAttention=5, step=1, Decoder=1)
+SHARE = dict(diag=4, mix=5, decimated=3, attention=2, tridiagonal=1, vmapped=1, BKMixer=6, BKAttention=5, step=1, Decoder=1)
 
 def fuzz(cases, seed=0, only=None, seconds=None):
     "Runs the cases; (cases by op, values, errors, failures by signature)."
@@ -431,10 +451,10 @@ def fuzz(cases, seed=0, only=None, seconds=None):
     return counts, outcomes, failures
 
 def kernels(): # all that is used, built side by side
-    from resnet_bk import cpu_kernels, decoder, fused_layers, native
-    tables = cpu_kernels.CORE, fused_layers.LAYER, fused_layers.ATTENTION
+    from resnet_bk import cpu_kernels, decoder, fused_layers, native, sparsity
+    tables = cpu_kernels.CORE, sparsity.DECIMATED, fused_layers.LAYER, fused_layers.ATTENTION
     for t in (torch.float32, torch.float64): native.ready(*(table[t] for table in tables), quiet=True)
-    half = [table[torch.bfloat16] for table in tables[1:]]
+    half = [table[torch.bfloat16] for table in tables[2:]]
     if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*half, quiet=True)
     else:
         for l in half: l._lib = None                      # with sanitizers: float32 and float64
@@ -451,8 +471,9 @@ def sanitizer_env(folder):
 
 BUILD = """
 import subprocess, sys, torch
-from resnet_bk import native, cpu_kernels, decoder, fused_layers
-libs = [t[k] for k in (torch.float32, torch.float64) for t in (cpu_kernels.CORE, fused_layers.LAYER, fused_layers.ATTENTION)] + [decoder.DECODE]
+from resnet_bk import native, cpu_kernels, decoder, fused_layers, sparsity
+tables = cpu_kernels.CORE, sparsity.DECIMATED, fused_layers.LAYER, fused_layers.ATTENTION
+libs = [t[k] for k in (torch.float32, torch.float64) for t in tables] + [decoder.DECODE]
 cxx, folder = native.find_compiler(), native.cache_folder()
 def start(l):
     (folder/f'{l.name}.cpp').write_text(l.source)

@@ -88,7 +88,7 @@ def test_every_notebook_shows_something():
     ('pruning', 'prunable importance choose prune Pruning PrunedMoELayer prune_optimizer kept_share measure_energy unit_costs'),
     ('distillation', 'distillation_loss feature_loss layer_map Distillation DistillationTrainer adapt_teacher compare_alone load_teacher'),
     ('compression', 'CompressionPipeline Loaders plan report plot_pareto n_weights bytes_on_disk speed'),
-    ('adaptive', 'ACT AdaptiveResNetBKBlock Looped early_exit generate_early ExitLosses on_sites layers_executed'), ('multiscale', 'MultiScaleResNetBKBlock CausalDown CausalUp'),
+    ('adaptive', 'ACT AdaptiveResNetBKBlock Looped early_exit generate_early ExitLosses on_sites layers_executed'), ('multiscale', 'MultiScaleResNetBKBlock CausalDown CausalUp'), ('sparsity', 'decimated_mix decimate SparseMixer SparseTraining gumbel_sigmoid chain_sites TopPMoE top_p_choice'),
     ('system', 'Curriculum Selection TokenNoise Transfer difficulty PacedBatches compare_fixed_compute'), ('gradient_cache', 'cached_backward WholeStepBalance GradientReuse signature'),
     ('distributed', 'on_processes step_bytes scale_table BytesSent ShardedFormat'), ('context', 'context_parallel ContextParallel Processes across part_of split check_context'),
     ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
