@@ -253,7 +253,8 @@ def _resumed(given)->dict: # options
         raise ValueError(f'the run in {folder} cannot go on with {", ".join(odd)}; '
                          f'a resumed run may change {free}')
     keep = {k: v for k,v in was.items() if k in OPTIONS and k not in given}
-    if any(given.get(k) is not None for k in _BUDGET): keep = {k: v for k,v in keep.items() if k not in _BUDGET}
+    if any(given.get(k) is not None for k in _BUDGET):
+        keep = {k: v for k,v in keep.items() if k not in _BUDGET}
     return now | keep | dict(folder=str(folder))
 
 # %% ../nbs/14_cli.ipynb #7d6d1094

@@ -914,5 +914,5 @@ def _site_share(share, options):
 
 def _training(share, options): return [SparseTraining()] if 'sparse' in options['mixer'].split(',') else []
 
-register_option('site_share', None, "share of the sites that a layer of --mixer ...,sparse computes; default .5",
+register_option('site_share', None, "share of its sites that a layer of --mixer sparse computes; default .5",
                 float, 'the model', config=_site_share, cbs=_training);
