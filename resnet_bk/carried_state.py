@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['detached', 'CarryState']
 
-# %% ../nbs/05f_carried_state.ipynb #8365d2af
+# %% ../nbs/05f_carried_state.ipynb #0a89deb5
 from inspect import signature
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .learner import Callback, Learner, register_option
 
-# %% ../nbs/05f_carried_state.ipynb #5aea6d24
+# %% ../nbs/05f_carried_state.ipynb #8c64ea76
 def _each(f, state):
     if isinstance(state, Tensor): return f(state)
     if type(state) is dict: return {k: _each(f, v) for k,v in state.items()}
@@ -25,7 +25,7 @@ def detached(state # tensors, numbers and None, in tuples, lists and dicts
     "A state as a constant, in memory of its own. `ValueError` for anything else in it."
     return _each(lambda t: t.detach().clone(), state)
 
-# %% ../nbs/05f_carried_state.ipynb #aa84e2ae
+# %% ../nbs/05f_carried_state.ipynb #885252d5
 class CarryState(Callback):
     """Hands the model the state that the batch before left, as a constant: `model(x, state, return_state=True)`
     answers `(preds, state)`. States are kept for training, anew in each evaluation, and in checkpoints.
@@ -58,7 +58,7 @@ class CarryState(Callback):
             raise ValueError(f'{batches.lanes} lanes in batches of {B} do not go round {W} processes: '
                              f'give a multiple of {B*W} lanes')
 
-# %% ../nbs/05f_carried_state.ipynb #d613f39e
+# %% ../nbs/05f_carried_state.ipynb #f62f803b
 def _lanes_of(batches): return getattr(batches, 'lanes', 0)
 
 def _check_split(batches):
@@ -91,7 +91,7 @@ def after_step(self:CarryState):
     if not self.learn.skipped: self.states = self.new
     else: self.states = {g: s for g,s in self.states.items() if g not in self.used}
 
-# %% ../nbs/05f_carried_state.ipynb #decca236
+# %% ../nbs/05f_carried_state.ipynb #6095af41
 @patch
 def predict(self:CarryState):
     l = self.learn
@@ -121,7 +121,7 @@ def before_eval(self:CarryState):
 @patch
 def after_eval(self:CarryState): self.held = None
 
-# %% ../nbs/05f_carried_state.ipynb #96cca3fd
+# %% ../nbs/05f_carried_state.ipynb #bd3ed69e
 @patch
 def state_dict(self:CarryState)->dict: # states: group -> epoch, window, state; of all processes (collective)
     "What the next batches go on from."
@@ -134,6 +134,6 @@ def load_state_dict(self:CarryState, d:dict):
     own = {g: s for g,s in d['states'].items() if g % l.world == l.parallel.rank}
     self.of, self.states = None, {g: (*at, _each(lambda t: t.to(l.device), s)) for g,(*at, s) in own.items()}
 
-# %% ../nbs/05f_carried_state.ipynb #25cbbdb7
+# %% ../nbs/05f_carried_state.ipynb #84927936
 register_option('carry_state', False, 'read on: each batch goes on from the state that the one before left', bool,
                 'training', cbs=lambda on, o: [CarryState(lanes=True)] if on else []);
