@@ -92,8 +92,8 @@ def test_every_notebook_shows_something():
     ('system', 'Curriculum Selection TokenNoise Transfer difficulty PacedBatches compare_fixed_compute'), ('gradient_cache', 'cached_backward WholeStepBalance GradientReuse signature'),
     ('distributed', 'on_processes step_bytes scale_table BytesSent ShardedFormat'), ('context', 'context_parallel ContextParallel Processes across part_of split check_context'),
     ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
-    ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('physics', 'PhysicsInformedBKLayer EnergyConstraint DualAscent SymplecticSGD leapfrog velocity wave_energy expect_energy prefix_response schrodinger_step energy_layers energy_drift physics_mixer'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
-    ('learner', 'Learner TrainingMetrics Callback Parallel register_metric register_option'), ('data', 'LMData get_tokenizer'), ('cli', 'bk_train bk_generate bk_compress')])
+    ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('carried_state', 'CarryState detached'), ('physics', 'PhysicsInformedBKLayer EnergyConstraint DualAscent SymplecticSGD leapfrog velocity wave_energy expect_energy prefix_response schrodinger_step energy_layers energy_drift physics_mixer'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
+    ('learner', 'Learner TrainingMetrics Callback Parallel register_metric register_option'), ('data', 'LMData get_tokenizer Lanes Place'), ('cli', 'bk_train bk_generate bk_compress')])
 def test_promised_names(module, names):
     m = importlib.import_module(f'resnet_bk.{module}')
     for n in names.split(): assert (getattr(m, n).__doc__ or '').strip(), f'{module}.{n} is missing or undocumented'
