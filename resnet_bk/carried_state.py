@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['detached', 'CarryState']
 
-# %% ../nbs/05f_carried_state.ipynb #0a89deb5
+# %% ../nbs/05f_carried_state.ipynb #c29ea120
+import torch
 from inspect import signature
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .learner import Callback, Learner, register_option
 
-# %% ../nbs/05f_carried_state.ipynb #8c64ea76
+# %% ../nbs/05f_carried_state.ipynb #c394e81f
 def _each(f, state):
     if isinstance(state, Tensor): return f(state)
     if type(state) is dict: return {k: _each(f, v) for k,v in state.items()}
@@ -25,7 +26,7 @@ def detached(state # tensors, numbers and None, in tuples, lists and dicts
     "A state as a constant, in memory of its own. `ValueError` for anything else in it."
     return _each(lambda t: t.detach().clone(), state)
 
-# %% ../nbs/05f_carried_state.ipynb #885252d5
+# %% ../nbs/05f_carried_state.ipynb #c71a1c6d
 class CarryState(Callback):
     """Hands the model the state that the batch before left, as a constant: `model(x, state, return_state=True)`
     answers `(preds, state)`. States are kept for training, anew in each evaluation, and in checkpoints.
@@ -43,6 +44,7 @@ class CarryState(Callback):
             rows = l.data.batch_size*l.batches_per_step
             l.data = l.data.rebatch(lanes=rows if self.lanes is True else self.lanes)
         self.check(l.data.train)
+        _try(l.model, l.data.train.batch(0, 0)[0][:1,:1].to(l.device))
 
     def before_fit(self):
         _check_model(self.learn.model)
@@ -58,7 +60,7 @@ class CarryState(Callback):
             raise ValueError(f'{batches.lanes} lanes in batches of {B} do not go round {W} processes: '
                              f'give a multiple of {B*W} lanes')
 
-# %% ../nbs/05f_carried_state.ipynb #f62f803b
+# %% ../nbs/05f_carried_state.ipynb #bab3cebf
 def _lanes_of(batches): return getattr(batches, 'lanes', 0)
 
 def _check_split(batches):
@@ -72,6 +74,18 @@ def _check_model(model):
         raise ValueError(f'CarryState wants a model with forward(x, state=None, return_state=False); '
                          f'{type(model).__name__}.forward takes no {" and no ".join(missing)}')
 
+def _try(model, x): # before anything is written: parts that keep no state say so
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad(): out = getattr(model, '_orig_mod', model).forward(x, None, return_state=True)
+    finally: model.train(mode)
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ValueError(f'CarryState wants a model that answers (preds, state) to return_state=True; '
+                         f'{type(model).__name__} answers with a {type(out).__name__}')
+    detached(out[1])
+
+# %% ../nbs/05f_carried_state.ipynb #d946954f
 @patch
 def before_step(self:CarryState):
     l, train = self.learn, self.learn.data.train
@@ -91,7 +105,7 @@ def after_step(self:CarryState):
     if not self.learn.skipped: self.states = self.new
     else: self.states = {g: s for g,s in self.states.items() if g not in self.used}
 
-# %% ../nbs/05f_carried_state.ipynb #6095af41
+# %% ../nbs/05f_carried_state.ipynb #dba1c215
 @patch
 def predict(self:CarryState):
     l = self.learn
@@ -121,7 +135,7 @@ def before_eval(self:CarryState):
 @patch
 def after_eval(self:CarryState): self.held = None
 
-# %% ../nbs/05f_carried_state.ipynb #bd3ed69e
+# %% ../nbs/05f_carried_state.ipynb #e49e220c
 @patch
 def state_dict(self:CarryState)->dict: # states: group -> epoch, window, state; of all processes (collective)
     "What the next batches go on from."
@@ -134,6 +148,6 @@ def load_state_dict(self:CarryState, d:dict):
     own = {g: s for g,s in d['states'].items() if g % l.world == l.parallel.rank}
     self.of, self.states = None, {g: (*at, _each(lambda t: t.to(l.device), s)) for g,(*at, s) in own.items()}
 
-# %% ../nbs/05f_carried_state.ipynb #84927936
+# %% ../nbs/05f_carried_state.ipynb #33665f9f
 register_option('carry_state', False, 'read on: each batch goes on from the state that the one before left', bool,
                 'training', cbs=lambda on, o: [CarryState(lanes=True)] if on else []);
