@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['detached', 'CarryState']
 
-# %% ../nbs/05f_carried_state.ipynb #c29ea120
+# %% ../nbs/05f_carried_state.ipynb #ecb25e16
 import torch
 from inspect import signature
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .learner import Callback, Learner, register_option
 
-# %% ../nbs/05f_carried_state.ipynb #c394e81f
+# %% ../nbs/05f_carried_state.ipynb #e835e6c8
 def _each(f, state):
     if isinstance(state, Tensor): return f(state)
     if type(state) is dict: return {k: _each(f, v) for k,v in state.items()}
@@ -26,7 +26,7 @@ def detached(state # tensors, numbers and None, in tuples, lists and dicts
     "A state as a constant, in memory of its own. `ValueError` for anything else in it."
     return _each(lambda t: t.detach().clone(), state)
 
-# %% ../nbs/05f_carried_state.ipynb #c71a1c6d
+# %% ../nbs/05f_carried_state.ipynb #76e37a22
 class CarryState(Callback):
     """Hands the model the state that the batch before left, as a constant: `model(x, state, return_state=True)`
     answers `(preds, state)`. States are kept for training, anew in each evaluation, and in checkpoints.
@@ -60,7 +60,7 @@ class CarryState(Callback):
             raise ValueError(f'{batches.lanes} lanes in batches of {B} do not go round {W} processes: '
                              f'give a multiple of {B*W} lanes')
 
-# %% ../nbs/05f_carried_state.ipynb #bab3cebf
+# %% ../nbs/05f_carried_state.ipynb #9288742b
 def _lanes_of(batches): return getattr(batches, 'lanes', 0)
 
 def _check_split(batches):
@@ -85,7 +85,7 @@ def _try(model, x): # before anything is written: parts that keep no state say s
                          f'{type(model).__name__} answers with a {type(out).__name__}')
     detached(out[1])
 
-# %% ../nbs/05f_carried_state.ipynb #d946954f
+# %% ../nbs/05f_carried_state.ipynb #95172d97
 @patch
 def before_step(self:CarryState):
     l, train = self.learn, self.learn.data.train
@@ -105,7 +105,7 @@ def after_step(self:CarryState):
     if not self.learn.skipped: self.states = self.new
     else: self.states = {g: s for g,s in self.states.items() if g not in self.used}
 
-# %% ../nbs/05f_carried_state.ipynb #dba1c215
+# %% ../nbs/05f_carried_state.ipynb #55937194
 @patch
 def predict(self:CarryState):
     l = self.learn
@@ -135,7 +135,7 @@ def before_eval(self:CarryState):
 @patch
 def after_eval(self:CarryState): self.held = None
 
-# %% ../nbs/05f_carried_state.ipynb #e49e220c
+# %% ../nbs/05f_carried_state.ipynb #1b0d2fb1
 @patch
 def state_dict(self:CarryState)->dict: # states: group -> epoch, window, state; of all processes (collective)
     "What the next batches go on from."
@@ -148,6 +148,16 @@ def load_state_dict(self:CarryState, d:dict):
     own = {g: s for g,s in d['states'].items() if g % l.world == l.parallel.rank}
     self.of, self.states = None, {g: (*at, _each(lambda t: t.to(l.device), s)) for g,(*at, s) in own.items()}
 
-# %% ../nbs/05f_carried_state.ipynb #33665f9f
+# %% ../nbs/05f_carried_state.ipynb #8ff3023f
+def _with_state(on, options): # callbacks
+    return [CarryState(lanes=options['lanes'] or True)] if on else []
+
+def _only_with_state(n, options):
+    if n is not None and not options['carry_state']: raise ValueError('--lanes wants --carry_state beside it')
+    return []
+
 register_option('carry_state', False, 'read on: each batch goes on from the state that the one before left', bool,
-                'training', cbs=lambda on, o: [CarryState(lanes=True)] if on else []);
+                'training', cbs=_with_state)
+register_option('lanes', None, 'with --carry_state: places of the text that are read side by side; default one '
+                'for each sequence of a step; more make the batches of a row less alike', int, 'training',
+                cbs=_only_with_state);

@@ -799,7 +799,8 @@ def batch(self:Lanes,
     "The batch at one position of the stream, whatever was read before."
     at = self.starts(epoch)[index*self.batch_size:(index + 1)*self.batch_size]
     x, y = self._cut(np.maximum(at, 0))
-    return x, y.masked_fill(torch.from_numpy(at < 0)[:, None], -100) # not in place: x may lie in the same memory
+    ended = torch.from_numpy(at < 0)[:, None]
+    return x, y.masked_fill(ended, -100)       # not in place: x and y may share their memory
 
 # %% ../nbs/00_data.ipynb #1a4e0004
 @patch
