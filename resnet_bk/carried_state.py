@@ -28,12 +28,15 @@ def detached(state # tensors, numbers and None, in tuples, lists and dicts
 
 # %% ../nbs/05f_carried_state.ipynb #76e37a22
 class CarryState(Callback):
-    """Hands the model the state that the batch before left, as a constant: `model(x, state, return_state=True)`
-    answers `(preds, state)`. States are kept for training, anew in each evaluation, and in checkpoints.
+    """Hands the model the state that the batch before left, as a constant: it is called as
+    `model(x, state, return_state=True)` and answers `(preds, state)`. States are kept for
+    training, anew in each evaluation, and in checkpoints.
     `ValueError` for a model that takes no state, and for data whose rows do not go on (`LMData`, `lanes`) or
     do not go round the processes."""
     order = 70 # steps begin after those that may change the data, and end before the checkpoint
-    def __init__(self, lanes=None): # True: put the data in lanes first, one for each row of an update; or a number
+    def __init__(self,
+        lanes=None, # put the data in so many lanes first; True: one for each row of an update; None: it is
+    ):
         self.lanes, self.states, self.of, self.held = lanes, {}, None, None
 
     def before_prepare(self):
@@ -120,8 +123,8 @@ def go_on(self:CarryState, net, states, place):
     "`x` to `preds`, from the state of the window before to that of the window after"
     l, (epoch, group, window) = self.learn, place
     if len(l.x) != l.data.batch_size:
-        raise ValueError(f'a batch of {len(l.x)} rows where the lanes have {l.data.batch_size}: a state can only '
-                         'be carried where no other callback changes the rows')
+        raise ValueError(f'a batch of {len(l.x)} rows where the lanes have {l.data.batch_size}: a state can '
+                         'only be carried where no other callback changes the rows')
     *at, state = states.get(group, (0, 0, None))
     l.preds, state = net(l.x, state if at == [epoch, window] else None, return_state=True)
     states[group] = epoch, window + 1, detached(state)
@@ -156,8 +159,8 @@ def _only_with_state(n, options):
     if n is not None and not options['carry_state']: raise ValueError('--lanes wants --carry_state beside it')
     return []
 
-register_option('carry_state', False, 'read on: each batch goes on from the state that the one before left', bool,
-                'training', cbs=_with_state)
-register_option('lanes', None, 'with --carry_state: places of the text that are read side by side; default one '
-                'for each sequence of a step; more make the batches of a row less alike', int, 'training',
+register_option('carry_state', False, 'read on: each batch goes on from the state that the one before left',
+                bool, 'training', cbs=_with_state)
+register_option('lanes', None, 'with --carry_state: places of the text that are read side by side; default '
+                'one for each sequence of a step; more make successive batches less alike', int, 'training',
                 cbs=_only_with_state);
