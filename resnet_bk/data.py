@@ -751,8 +751,10 @@ class Lanes(Batches):
     def __init__(self, tokens, batch_size:int, context:int, seed:int=0, shuffle:bool=True,
                  rank:int=0, world:int=1, # as for `Batches`
                  lanes=True):             # a multiple of batch_size*world; True: just that
-        super().__init__(tokens, batch_size, context, seed, shuffle, rank, world)
-        rows = self.batch_size*world
+        super().__init__(tokens, batch_size, context, seed, shuffle)
+        if not 0 <= rank < world:
+            raise ValueError(f'rank={rank} of world={world}: rank runs from 0 to world-1')
+        self.rank, self.world, rows = rank, world, self.batch_size*world
         self.lanes, = (rows,) if lanes is True else _whole(lanes=lanes)
         if self.lanes < 1 or self.lanes % rows:
             raise ValueError(f'lanes={lanes}: give a multiple of {rows}, so that batches of '
