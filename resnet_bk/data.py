@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Corpus', 'split_bytes', 'stdlib_corpus', 'load_corpus', 'Tokenizer', 'ByteTokenizer', 'CharTokenizer',
            'WordTokenizer', 'BPETokenizer', 'get_tokenizer', 'load_tokenizer', 'StreamDecoder', 'bits_per_byte',
-           'hidden_bits', 'Floors', 'token_floors', 'Batches', 'show_batch', 'token_files', 'LMData', 'mqar_batch']
+           'hidden_bits', 'Floors', 'token_floors', 'Batches', 'Place', 'Lanes', 'show_batch', 'token_files', 'LMData',
+           'mqar_batch']
 
 # %% ../nbs/00_data.ipynb #c0005
 import atexit, codecs, copy, hashlib, json, math, operator, os, re, shutil, sys, sysconfig, tempfile
 import warnings
 import numpy as np, torch
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -623,6 +624,7 @@ class Batches:
     `shuffle=True`: windows from a random offset in random order, new each epoch, full batches only (a smaller
     one only if there are too few windows for one). `shuffle=False`: every window once, in order; the last
     batch may be smaller. `rank` of `world` processes sees its own share of the windows."""
+    lanes = 0 # rows do not go on; see `Lanes`
     def __init__(self,
                  tokens,            # 1-D array of token ids, memory-mapped or not
                  batch_size:int,    # B, sequences in a batch
@@ -678,6 +680,10 @@ def batch(self:Batches,
     "The batch at one position of the stream, whatever was read before."
     first = round(index*self.batch_size)
     at = self.starts(epoch)[first:first+self.batch_size]
+    return self._cut(at)
+
+@patch
+def _cut(self:Batches, at): # the windows that begin there
     w = torch.from_numpy(np.asarray(self.tokens[at[:, None] + np.arange(self.context + 1)]).astype(np.int64))
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
@@ -718,13 +724,101 @@ def state_dict(self:Batches)->dict: # {epoch, index, seed}
 @patch
 def load_state_dict(self:Batches, state:dict):
     """Go on from a saved position.
-    `ValueError` if an epoch has no such batch (saved with another batch size, context or text)."""
+    `ValueError` if an epoch has no such batch (saved with another batch size, context, text or lanes)."""
+    if (was := state.get('lanes', 0)) != self.lanes:
+        raise ValueError(f"saved with {was or 'no'} lanes, and this text lies in {self.lanes or 'none'}: "
+                         'use the lanes it was saved with')
     if not 0 <= state['index'] < len(self):
         raise ValueError(f"saved at batch {state['index']}, but an epoch has {len(self)}: use the batch "
                          "size, context and text it was saved with")
     self.epoch, self.index = operator.index(state['epoch']), state['index']
     self.seed, = _whole(seed=state['seed'])
     self._order = None, None
+
+# %% ../nbs/00_data.ipynb #1a4e0002
+class Place(namedtuple('Place', 'epoch group window')):
+    "Of a batch in lanes: the pass over the text, the group of lanes, and how many windows came before."
+    @property
+    def fresh(self)->bool:
+        "Whether a new chain begins here: the batch goes on from nothing."
+        return self.window == 0
+
+class Lanes(Batches):
+    """`Batches` whose rows go on: a row begins where the same row of the batch before, of its group, ended.
+    `shuffle=True`: lanes of equal length from a random offset, new each epoch. `shuffle=False`: every window
+    once; a lane that has ended has targets -100. `rank` of `world` processes sees its own groups.
+    `ValueError` if the rows do not go round or the text does not fill the lanes."""
+    def __init__(self, tokens, batch_size:int, context:int, seed:int=0, shuffle:bool=True,
+                 rank:int=0, world:int=1, # as for `Batches`
+                 lanes=True):             # a multiple of batch_size*world; True: just that
+        super().__init__(tokens, batch_size, context, seed, shuffle)
+        if not 0 <= rank < world:
+            raise ValueError(f'rank={rank} of world={world}: rank runs from 0 to world-1')
+        self.rank, self.world, rows = rank, world, self.batch_size*world
+        self.lanes, = (rows,) if lanes is True else _whole(lanes=lanes)
+        if self.lanes < 1 or self.lanes % rows:
+            raise ValueError(f'lanes={lanes}: give a multiple of {rows}, so that batches of '
+                             f'{self.batch_size} rows on {world} process(es) go round')
+        full = (len(tokens) - 1)//self.context
+        if shuffle and full < self.lanes:
+            raise ValueError(f'{len(tokens)} tokens do not fill {self.lanes} lanes: a window of '
+                             f'context={self.context} in each needs {self.lanes*self.context + 1}')
+        lane = self.lanes*self.context
+        self.windows = max(1, (len(tokens) - self.context)//lane) if shuffle else -(-full//self.lanes)
+        self.n_windows = self.windows*self.lanes
+        self.share = self.n_windows//world
+
+    def place(self, ahead:int=0)->Place: # 0: the batch that comes next, 1: the one after it, ...
+        "Where a batch that is still to come lies."
+        epoch, index = divmod(self.index + ahead, len(self))
+        window, own = divmod(index, self.lanes//(self.batch_size*self.world))
+        return Place(self.epoch + epoch, own*self.world + self.rank, window)
+
+# %% ../nbs/00_data.ipynb #1a4e0003
+@patch
+def starts(self:Lanes,
+           epoch:int     # counted from 0
+          )->np.ndarray: # where this process's windows begin, in the order of use; -1: the lane has ended
+    "The windows of one epoch."
+    if self._order[0] != epoch:
+        lane, window, N = np.arange(self.lanes), np.arange(self.windows)[:, None], self.context
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed % 2**64, epoch])
+            s = rng.integers(0, len(self.tokens) - self.n_windows*N) + (lane*self.windows + window)*N
+        else:
+            each, more = divmod((len(self.tokens) - 1)//N, self.lanes)     # the first lanes have one more
+            s = (lane*each + np.minimum(lane, more) + window)*N
+            s[window >= each + (lane < more)] = -1
+        groups = s.reshape(self.windows, -1, self.batch_size)
+        self._order = epoch, groups[:, self.rank::self.world].reshape(-1)
+    return self._order[1]
+
+@patch
+def batch(self:Lanes,
+          epoch:int, # counted from 0
+          index:int  # of the batch in the epoch
+         )->tuple:   # (x, y), each (B, N) int64
+    "The batch at one position of the stream, whatever was read before."
+    at = self.starts(epoch)[index*self.batch_size:(index + 1)*self.batch_size]
+    x, y = self._cut(np.maximum(at, 0))
+    ended = torch.from_numpy(at < 0)[:, None]
+    return x, y.masked_fill(ended, -100)       # not in place: x and y may share their memory
+
+# %% ../nbs/00_data.ipynb #1a4e0004
+@patch
+def state_dict(self:Lanes)->dict: # {epoch, index, seed, lanes, world}
+    "The position in the stream."
+    return Batches.state_dict(self) | dict(lanes=self.lanes, world=self.world)
+
+@patch
+def load_state_dict(self:Lanes, state:dict):
+    """Go on from a saved position, also of another number of processes that share the same lanes.
+    `ValueError` for other lanes, or for a position that so many processes cannot be at."""
+    read = state['index']*state.get('world', self.world)
+    if read % self.world:
+        raise ValueError(f'saved after {read} batches of an epoch, which {self.world} processes cannot have '
+                         'read together: go on with another number of them')
+    Batches.load_state_dict(self, state | dict(index=read//self.world))
 
 # %% ../nbs/00_data.ipynb #c0113
 def show_batch(x,              # (B, N) token ids
@@ -882,7 +976,8 @@ class LMData:
                  floors:Floors,       # of these tokens, see `token_floors`
                  name:str='text',     # of the text, for reports
                  batch_size:int=12, context:int=64, seed:int=0, rank:int=0, world:int=1, # see `Batches`
-                 n_bytes:int=None):   # of the text, both parts
+                 n_bytes:int=None,    # of the text, both parts
+                 lanes=0):            # 0: windows at random; else see `Lanes`
         batch_size, context, seed = _whole(batch_size=batch_size, context=context, seed=seed)
         for s, t in (('training', train_tokens), ('validation', valid_tokens)):
             if len(t) <= context:
@@ -891,8 +986,11 @@ class LMData:
                                  'give more text, a shorter context or another valid_frac')
         store_attr()
         self._hashes = None # of both parts, once they are known
-        self.train = Batches(train_tokens, batch_size, context, seed, rank=rank, world=world)
-        self.valid = Batches(valid_tokens, batch_size, context, seed, shuffle=False)
+        cls, kw = (Lanes, dict(lanes=lanes)) if lanes else (Batches, {})
+        self.train = cls(train_tokens, batch_size, context, seed, rank=rank, world=world, **kw)
+        self.lanes = self.train.lanes
+        if lanes: kw = dict(lanes=self.lanes) # of all processes: each may read the whole validation text
+        self.valid = cls(valid_tokens, batch_size, context, seed, shuffle=False, **kw)
 
     @property
     def vocab_size(self): return self.tokenizer.vocab_size
@@ -917,7 +1015,8 @@ def from_corpus(cls:LMData,
                 valid_frac:float=0.1, # fraction for validation where the text has no split of its own
                 cache=None,           # folder for token files, see `token_files`
                 rank:int=0,           # this process, of
-                world:int=1           # so many that share the training windows
+                world:int=1,          # so many that share the training windows
+                lanes=0               # True or a number: rows go on from batch to batch, see `Lanes`
                )->LMData:
     """Text to batches in one call; tokens are cached. Raises what `load_corpus` and `get_tokenizer` raise;
     `ValueError` if a part is shorter than one window."""
@@ -928,7 +1027,7 @@ def from_corpus(cls:LMData,
     meta = json.loads((folder/'meta.json').read_text(encoding='utf-8'))
     floors, tok.lossless = Floors(**meta['floors']), meta['lossless']
     data = cls(tok, train, valid, floors, corpus.name, batch_size, context, seed, rank, world,
-               len(corpus.train) + len(corpus.valid))
+               len(corpus.train) + len(corpus.valid), lanes)
     data._hashes = meta['hashes']
     return data
 
@@ -940,7 +1039,8 @@ def fingerprint(self:LMData)->dict: # name, bytes, tokens, train, valid, tokeniz
     tok = f'{type(self.tokenizer).__name__}:{self.tokenizer.to_json()}'.encode()
     return dict(name=self.name, bytes=self.n_bytes, tokens=len(self.train_tokens) + len(self.valid_tokens),
                 train=self._hashes[0], valid=self._hashes[1], tokenizer=_hash([tok]),
-                batch_size=self.batch_size, context=self.context)
+                batch_size=self.batch_size, context=self.context,
+                **(dict(lanes=self.lanes) if self.lanes else {}))
 
 # %% ../nbs/00_data.ipynb #c0129
 @patch
@@ -951,16 +1051,23 @@ def report(self:LMData,
     return dict(nats=float(nats), ppl=math.exp(min(float(nats), 700)), bpb=self.floors.bpb(nats))
 
 @patch
-def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None)->LMData:
+def _lanes(self:LMData, lanes, batch_size): # as many groups as before
+    return self.lanes//self.batch_size*(batch_size or self.batch_size) if lanes is None else lanes
+
+@patch
+def rebatch(self:LMData, batch_size:int=None, context:int=None, seed:int=None, lanes=None)->LMData:
     """The same text and tokens in other batches, from the same place of the same epoch. If only the size of
-    batches changes, no window comes twice in an epoch; another context or seed draws other windows."""
+    batches changes, no window comes twice in an epoch; another context or seed draws other windows. `lanes`
+    as in `from_corpus`; other lanes, or lanes of other sizes, go on at about the same share of the epoch."""
     pick = lambda new, old: old if new is None else new
     new = LMData(self.tokenizer, self.train_tokens, self.valid_tokens, self.floors, self.name,
                  pick(batch_size, self.batch_size), pick(context, self.context), pick(seed, self.seed),
-                 self.rank, self.world, self.n_bytes)
+                 self.rank, self.world, self.n_bytes, self._lanes(lanes, batch_size))
     new._hashes = self._hashes
     read = self.train.index*self.train.batch_size*self.context     # tokens of this epoch
-    new.train._go_to(self.train.epoch, round(read/new.context))
+    window = round(read/new.context)
+    if new.lanes: window -= window % (new.lanes//new.world)        # all lanes at the same window
+    new.train._go_to(self.train.epoch, window)
     return new
 
 # %% ../nbs/00_data.ipynb #c0141

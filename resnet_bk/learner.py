@@ -645,6 +645,7 @@ def _next_batch(self:Learner):
 def set_data(self:Learner, data):
     "Go on with other data, from its own position: before a step, or in `load_state_dict` of a callback"
     self.data, self._stream = data, data.train.forever()
+    if getattr(self, '_from', None): self._from = data.train.state_dict() # in `before_step`
 
 # %% ../nbs/05_learner.ipynb #20bac011
 @patch

@@ -191,6 +191,24 @@ def test_torchrun(tmp_path):
     good('train', '--steps', '20', '--quiet', '--accumulate', '2', '--folder', 'one', *small, cwd=tmp_path)
     for p,q in zip(metrics(tmp_path/'bk_run'), metrics(tmp_path/'one')): assert abs(p['loss_total'] - q['loss_total']) < 1e-5
 
+def test_a_carried_state(tmp_path):
+    "Two processes, each with its own lanes, read as one does; a pair goes on as one process; what cannot be is one line, before anything is written"
+    args = ['--carry_state', '--steps', '20', '--checkpoint_every', '10', '--eval_every', '10', '--quiet', '--folder', 'two', *small]
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', *command('train', *args)[1:]], capture_output=True, text=True, cwd=tmp_path,
+                       env=env | dict(OMP_NUM_THREADS='1'), timeout=300)
+    assert r.returncode == 0, r.stderr
+    good('train', *[{'two': 'one'}.get(a, a) for a in args], '--accumulate', '2', cwd=tmp_path)
+    for folder, more in (('two', ['--accumulate', '2']), ('one', [])): good('train', '--resume', '--folder', folder, '--steps', '30', '--quiet', *more, cwd=tmp_path)
+    a, b = (metrics(tmp_path/f) for f in ('one', 'two'))
+    assert len(a) == len(b) == 3
+    for p,q in zip(a, b):
+        for k in ('loss_total', 'valid_nats'): assert abs(p[k] - q[k]) < 1e-5, k
+    good('train', '--carry_state', '--lanes', '16', '--steps', '3', '--quiet', '--folder', 'more', *small, cwd=tmp_path)
+    for bad, why in (('--carry_state --mixer diag', 'keeps no state'), ('--lanes 8', 'wants --carry_state'), ('--carry_state --lanes 6', 'lanes=6: give a multiple of 4'),
+                     ('--carry_state --lanes 40000', 'do not fill 40000 lanes')):
+        r = run('train', *bad.split(), '--steps', '3', '--folder', 'bad', *small, cwd=tmp_path)
+        assert r.returncode == 1 and why in r.stderr and 'Traceback' not in r.stderr and not (tmp_path/'bad').exists(), r.stderr
+
 def test_dry_run(tmp_path):
     r = good('train', '--dry_run', '--minutes', '2', *small, cwd=tmp_path)
     assert all(w in r.stdout for w in ('ms a step', 'peak memory', 'nothing was written', 'bigram')) and not list(tmp_path.iterdir())

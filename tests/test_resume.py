@@ -202,6 +202,68 @@ def test_two_processes(tmp_path):
     assert newest_checkpoint(cut/'checkpoints').name == 'step-00000030'
     assert losses(cut) == losses(tmp_path/'whole')
 
+# A recurrent model whose state goes on, over two groups of lanes; dropout only where the random numbers are the same
+CARRY = """
+from resnet_bk.carried_state import CarryState
+class Carrying(Net):
+    def forward(self, x, state=None, return_state=False):
+        h, state = self.rnn(self.emb(x), state)
+        return (self.head(self.drop(h)), state) if return_state else self.head(self.drop(h))
+net = Carrying()
+data, cbs = data.rebatch(lanes=LANES), [CarryState()]
+kw |= dict(opt=lambda ps, lr: torch.optim.SGD(ps, lr=lr*100))
+""" # lanes of many windows, in both texts
+STILL = 'net.drop = nn.Identity()\n'
+
+@posix
+@pytest.mark.parametrize('lanes, accumulate', [(4, 1), (8, 3)])
+def test_a_carried_state_goes_on(tmp_path, lanes, accumulate):
+    "Killed after step 13: the run that goes on is, bit for bit, the one that was not killed"
+    extra = CARRY.replace('LANES', str(lanes)) + f'kw |= dict(accumulate={accumulate})\n'
+    finish(start(tmp_path/'whole', extra))
+    p = start(tmp_path/'cut', extra + SLOW.replace('cbs = ', 'cbs += '))
+    wait_for(p, tmp_path/'cut', 13)
+    p.kill(); finish(p, -signal.SIGKILL)
+    finish(start(tmp_path/'cut', extra, 'resume'))
+    assert losses(tmp_path/'cut') == losses(tmp_path/'whole')
+
+@gloo
+@pytest.mark.parametrize('lanes', [8, 16])
+def test_a_carried_state_on_two_processes(tmp_path, lanes):
+    "Each of two processes has its own lanes: they do what one does with twice the batches, a resumed pair goes on as one that was not stopped, and one process goes on where two stopped"
+    import numpy as np
+    one, two, cut, fewer = (tmp_path/n for n in ('one', 'two', 'cut', 'fewer'))
+    extra = CARRY.replace('LANES', str(lanes)) + STILL
+    half, full = extra + 'kw |= dict(accumulate=2)\n', extra + 'kw |= dict(accumulate=4)\n'
+    finish(start(one, full, after=AFTER2))
+    finish(torchrun(two, half))
+    a, b, w = np.load(two/'w0.npy'), np.load(two/'w1.npy'), np.load(one/'w.npy')
+    assert (a == b).all() and np.abs(a - w).max() < 1e-5
+    near = lambda p, q: {k: v or 0 for k,v in p.items()} == pytest.approx({k: v or 0 for k,v in q.items()}, rel=1e-4)
+    assert all(near(p, q) for p,q in zip(losses(one), losses(two), strict=True))
+    assert json.loads((one/'eval.json').read_text()) == pytest.approx(json.loads((two/'eval.json').read_text()), rel=1e-5)
+
+    finish(torchrun(cut, half + STOP.replace('cbs = ', 'cbs += ')), 1)
+    shutil.copytree(cut, fewer)
+    finish(torchrun(cut, half, 'resume'))
+    assert losses(cut) == losses(two)
+    finish(start(fewer, full, 'resume'))
+    assert all(near(p, q) for p,q in zip(losses(fewer), losses(one), strict=True))
+
+@gloo
+def test_a_carried_state_with_spread_weights(tmp_path):
+    "Weights spread over two processes: the losses and the evaluations of two whole copies"
+    extra = CARRY.replace('LANES', '8').replace('kw |= dict(opt=lambda ps, lr: torch.optim.SGD(ps, lr=lr*100))', '') + STILL
+    finish(torchrun(tmp_path/'whole', extra))
+    finish(torchrun(tmp_path/'shards', extra + 'kw |= dict(shard=True)', collect=''))
+    for p,q in zip(losses(tmp_path/'whole'), losses(tmp_path/'shards'), strict=True):
+        for k in ('loss_total', 'valid_nats'): assert p.get(k) is None or p[k] == pytest.approx(q[k], rel=1e-4)
+
+@gloo
+def test_lanes_that_do_not_go_round(tmp_path):
+    _, err = finish(torchrun(tmp_path/'odd', CARRY.replace('LANES', '4')), 1)
+    assert '4 lanes in batches of 4 do not go round 2 processes: give a multiple of 8 lanes' in err, err
+
 @gloo
 def test_one_bad_process(tmp_path):
     "Only one process sees a NaN: both drop the step, take the same remedies, name the same culprit, and stay equal"
