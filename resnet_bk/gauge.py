@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CPP_GAUGE', 'OPS', 'GAUGE', 'quat_mul', 'quat_conj', 'quat_rotate', 'U1', 'SO3', 'gauge_in_op',
-           'gauge_in_backward_op', 'gauge_out_op', 'gauge_out_backward_op', 'to_frame', 'from_frame', 'wilson_line']
+           'gauge_in_backward_op', 'gauge_out_op', 'gauge_out_backward_op', 'to_frame', 'from_frame', 'wilson_line',
+           'BondProjection', 'GaugeMixer', 'GaugeAttention']
 
 # %% ../nbs/02c_gauge.ipynb #d861fe4b
 import math
@@ -13,7 +14,9 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from .native import Call, Cpp, CppLibrary, CPP_GUARD, op_namespace, register_kernel
-from .bk_core import OptT, _dense, _lanes, _refuse, _transformed
+from torch.autograd import forward_ad
+from .bk_core import OptT, _dense, _lanes, _refuse, resolvent_mix
+from .mixers import BKAttention, BKMixer, _autocasts, _check_part, _float, _hop_of, find_gauge
 
 # %% ../nbs/02c_gauge.ipynb #b2716228
 def quat_mul(
@@ -83,6 +86,8 @@ class U1:
     "Angles on the bonds: pairs of channels turn in their plane. A Peierls phase, or a rotary embedding by content."
     name, size, bond, rotor = 'u1', 2, (), 2  # channels of a group, what lies on a bond, numbers of a rotor
     identity = (0.,)                          # a state that turns nothing
+    start = .1                                # what a layer's bonds are drawn with at first
+    def bonds(r): return r                    # of what a layer's linear map gives, (B, N, G)
     def line(bonds, cut, state): # rotors (B, N, G, 2) and the state after each token
         phi = _line_u1(bonds, cut, state)
         return torch.stack([phi.cos(), phi.sin()], -1), phi
@@ -93,7 +98,10 @@ class U1:
 class SO3:
     "Quaternions on the bonds: of four channels one is a number and three are a vector that turns. Spin–orbit coupling."
     name, size, bond, rotor = 'so3', 4, (4,), 4
-    identity = (1., 0., 0., 0.)
+    identity, start = (1., 0., 0., 0.), .05
+    def bonds(r): # (B, N, G·4)
+        r = r.unflatten(-1, (-1, 4))
+        return torch.cat([1 + r[...,:1], r[...,1:]], -1)
     def line(bonds, cut, state):
         W = _line_so3(bonds, cut, state)
         return W, W
@@ -110,7 +118,7 @@ def _grouped(gauge, x): # (B, N, K·G·m), real or complex -> (B, N, parts, K, G
     return (torch.view_as_real(x).movedim(-1, 2) if x.is_complex() else x[:,:,None])
 def _flat(x, like):
     x = x.flatten(3)
-    return torch.view_as_complex(x.movedim(2, -1).contiguous()) if like.is_complex() else x[:,:,0]
+    return torch.complex(x[:,:,0], x[:,:,1]) if like.is_complex() else x[:,:,0]
 
 def _turn(gauge, W, x, back): # W (B, N, G, rotor); x (B, N, K·G·m)
     g = _grouped(gauge, x).unflatten(-1, (-1, W.shape[2], gauge.size))
@@ -315,7 +323,8 @@ struct SO3 {
       double f = 0;
       for (int k = 0; k < 4; k++) f += s[4 * g + k] * s[4 * g + k];
       if (f == 0) return false;
-      for (int k = 0; k < 4; k++) w[k][g] = s[4 * g + k] / std::sqrt(f);
+      f = std::fabs(f - 1) < 1e-14 ? 1 : 1 / std::sqrt(f);  // the kernel's own states come back as they were
+      for (int k = 0; k < 4; k++) w[k][g] = s[4 * g + k] * f;
     }
     return true;
   }
@@ -437,7 +446,8 @@ struct In {  // the arguments of the way in, forth and back
   double* dstate;
 };
 template <class K, class F> static int each(const In& a, const F& body) {  // blocks of groups of sequences
-  const I fill = (a.threads + a.B - 1) / std::max<I>(a.B, 1), size = std::min<I>(BLOCK, (a.G + fill - 1) / fill);
+  const I B = std::max<I>(a.B, 1), fill = (a.threads + B - 1) / B;
+  const I size = std::min<I>(BLOCK, (a.G + fill - 1) / fill);
   const I blocks = (a.G + size - 1) / size;
   int bad = 0;
 #pragma omp parallel for num_threads((int)std::min<I>(a.threads, std::max<I>(a.B * blocks, 1))) reduction(| : bad)
@@ -680,6 +690,10 @@ def _out_autograd(ctx, g):
 torch.library.register_autograd(gauge_out_op, _out_autograd, setup_context=_out_setup)
 
 # %% ../nbs/02c_gauge.ipynb #83103f43
+def _watched(): # by torch.func: the reference is made of what it knows
+    if torch.compiler.is_compiling(): return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
 def _real(t): return isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided
 
 def _check_in(gauge, bonds, u, cut, state):
@@ -711,7 +725,7 @@ def to_frame(
     token, and before a cut, W is the identity. Exact gradients, once. `ValueError` for what does not fit."""
     _check_in(gauge, bonds, u, cut, state)
     if state is not None: state = state.double()
-    if _transformed(): return _in_ref(gauge, bonds, u, cut, state)
+    if _watched(): return _in_ref(gauge, bonds, u, cut, state)
     return gauge_in_op(gauge.name, bonds, u, cut, state, backend or '')
 
 # %% ../nbs/02c_gauge.ipynb #e92feeff
@@ -729,7 +743,7 @@ def from_frame(
         _refuse('y', f'{W.dtype} or complex {(*W.shape[:2], "C")} on {W.device}', y)
     if not G or not y.shape[2] or y.shape[2] % (G*gauge.size):
         raise ValueError(f'y: want a multiple of {gauge.size} channels for each of {G} groups; got {y.shape[2]} channels')
-    if _transformed(): return _out_ref(gauge, W, y)
+    if _watched(): return _out_ref(gauge, W, y)
     return gauge_out_op(gauge.name, W, y, backend or '')
 
 def wilson_line(
@@ -742,3 +756,95 @@ def wilson_line(
     if not _real(bonds) or bonds.ndim != want: _refuse('bonds', f'real, with {want} dimensions', bonds)
     none = bonds.new_zeros(*bonds.shape[:2], bonds.shape[2]*gauge.size)
     return to_frame(gauge, bonds, none, cut, state, backend)[1:]
+
+for _gauge in (U1, SO3):
+    _gauge.to_frame, _gauge.from_frame = classmethod(to_frame), classmethod(from_frame)
+    _gauge.wilson_line = classmethod(wilson_line)
+
+# %% ../nbs/02c_gauge.ipynb #893f6fde
+class BondProjection(nn.Module):
+    "What lies on the bonds, by a linear map of the tokens; near the identity at first."
+    no_weight_decay = ('weight',)
+    def __init__(self,
+        gauge,       # `U1` or `SO3`
+        d_model:int, # D
+        groups:int,  # G
+    ):
+        super().__init__()
+        self.gauge, rows = gauge, groups*math.prod(gauge.bond)
+        self.weight = nn.Parameter(torch.randn(rows, d_model)*gauge.start/math.sqrt(d_model))
+
+    def extra_repr(self): return f'{self.gauge.name}, {tuple(self.weight.shape)}'
+    def forward(self,
+        x:Tensor, # (B, N, D)
+    )->Tensor:    # (B, N, G) or (B, N, G, 4), float32 or float64
+        if x.device.type not in _autocasts: return self.gauge.bonds(F.linear(_float(x), _float(self.weight)))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.gauge.bonds(F.linear(_float(x), _float(self.weight)))
+
+def _check_line(gauge, line, B, G, x): _check_part('line', line, (B, G, *gauge.bond), False, x)
+
+# %% ../nbs/02c_gauge.ipynb #112c79a8
+class GaugeMixer(BKMixer):
+    """`BKMixer` whose bonds rotate: groups of channels share a chain. Made by `BKMixer(d_model, gauge=...)`.
+    Its state is (conv tail, (g, y, line)), y in the frame of the line."""
+    def __init__(self, *args, gauge:str, **kwargs):
+        super().__init__(*args, gauge=gauge, **kwargs)
+        self.gauge = find_gauge(gauge)
+        self.bonds = BondProjection(self.gauge, self.d_model, self.chains)
+
+    def extra_repr(self): return f'{super().extra_repr()} of {self.group} channels'
+    def _bonds(self, x): return (self.bonds(x),)
+    def _check_state(self, state, x):
+        chain = state[1] if isinstance(state, (tuple, list)) and len(state) == 2 else None
+        if self.causal and (not isinstance(chain, (tuple, list)) or len(chain) != 3):
+            raise ValueError('state: want (conv tail, (g, y, line)), as `return_state` gave it')
+        super()._check_state(state if chain is None else (state[0], chain[:2]), x)
+        _check_line(self.gauge, chain[2], len(x), self.chains, x)
+
+    def _parts(self, x):
+        u, *rest = super()._parts(x)
+        return u, *(t if t is None else t.repeat_interleave(self.group, -1) for t in rest)
+
+    def _solve(self, u, w, v, cut, state, return_state, bonds):
+        chain, line = (None, None) if state is None else (tuple(state[:2]), state[2])
+        x, W, line = self.gauge.to_frame(bonds.to(u.dtype), u*self.scale.to(u.dtype), cut, line)
+        z, hop = self.spectrum().repeat_interleave(self.group), _hop_of(cut, state)
+        if hop is not None: hop = hop.to(z.real.dtype).expand(-1, -1, self.channels)
+        y = resolvent_mix(v, x, z, w, hop, self.causal, chain, return_state)
+        if return_state: y, chain = y
+        return self.gauge.from_frame(W, y), (*chain, line) if return_state else None
+
+# %% ../nbs/02c_gauge.ipynb #ff5f64ab
+class GaugeAttention(BKAttention):
+    """`BKAttention` whose queries and keys are rotated in groups. Made by `BKAttention(d_model, gauge=...)`.
+    Its state is (conv tail, g, S, line), S in the frame of the line."""
+    def __init__(self, *args, gauge:str, **kwargs):
+        super().__init__(*args, gauge=gauge, **kwargs)
+        self.gauge, d = find_gauge(gauge), self.d_model//self.n_heads
+        if d % self.gauge.size:
+            raise ValueError(f'gauge {gauge!r} wants heads of a multiple of {self.gauge.size} channels; got {d}')
+        self.groups = self.d_model//self.gauge.size
+        self.bonds = BondProjection(self.gauge, self.d_model, self.groups)
+
+    def _bonds(self, x): return (self.bonds(x),)
+    def _check_state(self, state, x):
+        if not isinstance(state, (tuple, list)) or len(state) != 4:
+            raise ValueError('state: want (conv tail, g, S, line), as `return_state` gave it')
+        super()._check_state(state[:3], x)
+        _check_line(self.gauge, state[3], len(x), self.groups, x)
+
+    def _between(self, h, g, hop, cut, tail, S, return_state, bonds, line=None):
+        D = self.d_model
+        x, gate = h.split([3*D, h.shape[-1] - 3*D], -1)
+        if self.conv is not None: x, tail = self.conv(x, tail, cut)
+        x = F.silu(_float(x))
+        turned, _, line = self.gauge.to_frame(bonds.to(x.dtype), x[...,:2*D], cut, line)
+        heads = lambda t: t.unflatten(-1, (-1, self.n_heads, D//self.n_heads)).unbind(2)
+        q, k = (F.normalize(t, dim=-1) for t in heads(turned))
+        y, S = self._attend(q, k, *heads(x[...,2*D:]), gate, g, hop, S, return_state)
+        return y, tail, S, line
+
+for _gauge in (U1, SO3):
+    _gauge.layers = {BKMixer: GaugeMixer, BKAttention: GaugeAttention}
+    register_kernel('gauge', _gauge.name, _gauge)
