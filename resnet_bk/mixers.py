@@ -52,7 +52,7 @@ def _check(layer, x, state, cut):
     if state is not None: layer._check_state(state, x)
 
 def _by_kernel(layer, x, state, cut, return_state): # the registered kernel's result, or None
-    k = find_kernel('layers', x.device.type) if layer.fused else None
+    k = find_kernel(layer.kernels, x.device.type) if layer.fused else None
     return None if k is None else k(layer, x, state, cut, return_state)
 
 # %% ../nbs/02_mixers.ipynb #c0008
@@ -158,6 +158,7 @@ class BKMixer(nn.Module):
 
     z is learned per channel; an absorbing potential per token is the forget gate."""
     fused = True                 # False: the plain form, always
+    kernels = 'layers'           # what kind of registered kernel may do its work
     group = 1                    # channels that share a chain
     no_weight_decay = ('absorb_bias', 'scale')
     def __init__(self,
@@ -429,6 +430,7 @@ class BKAttention(nn.Module):
 
     Each head has a d×d state, which decays by the causal Green's function of the head's chain."""
     fused = True                # False: the plain form, always
+    kernels = 'layers'          # what kind of registered kernel may do its work
     no_weight_decay = ('absorb_bias',)
     def __init__(self,
         d_model:int,            # D
