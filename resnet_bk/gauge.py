@@ -865,7 +865,7 @@ typedef Mem<T, T> Me;
 #define L8(a, b, c, d) L4(a, b, c, d), L4(a + 4, b + 4, c + 4, d + 4)
 #define L16(a, b, c, d) L8(a, b, c, d), L8(a + 8, b + 8, c + 8, d + 8)
 template <int W> struct Four;  // permutations inside fours
-#define FOUR(N)                                                                              \
+#define FOUR(N, TWICE, FOURFOLD)                                                             \
   template <> struct Four<N> {                                                               \
     template <class V> static V even(V x) { return PICK(V, x, x, L##N(0, 0, 2, 2)); }        \
     template <class V> static V odd(V x) { return PICK(V, x, x, L##N(1, 1, 3, 3)); }         \
@@ -873,8 +873,13 @@ template <int W> struct Four;  // permutations inside fours
     template <class V> static V first(V x) { return PICK(V, x, x, L##N(0, 0, 0, 0)); }       \
     template <class V> static V left(V x) { return PICK(V, x, x, L##N(0, 2, 3, 1)); }        \
     template <class V> static V right(V x) { return PICK(V, x, x, L##N(0, 3, 1, 2)); }       \
+    template <class V> static V twice(V x) { return PICK(V, x, x, TWICE); }                  \
+    template <class V> static V fourfold(V x) { return PICK(V, x, x, FOURFOLD); }            \
   };
-FOUR(2) FOUR(4) FOUR(8) FOUR(16)
+FOUR(2, LIST(0, 0), LIST(0, 0))
+FOUR(4, LIST(0, 0, 1, 1), LIST(0, 0, 0, 0))
+FOUR(8, LIST(0, 0, 1, 1, 2, 2, 3, 3), LIST(0, 0, 0, 0, 1, 1, 1, 1))
+FOUR(16, LIST(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), LIST(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))
 typedef Four<W> P4;
 static inline V mask(T a, T b, T c, T d) {
   const T x[4] = {a, b, c, d};
@@ -940,62 +945,92 @@ CPP_GAUGE_LANES
 # %% ../nbs/02c_gauge.ipynb #12beb98b
 #| echo: false
 CPP_GAUGE_LAYER = CPP_GAUGE_LANES + Cpp(r'''
-// First pass. h has columns u (C) | w (G) | v (G), those there are | gate (C) | bonds (G S).
-struct Enter {
-  I kind, B, N, C, F, act, threads, has_w, has_v;
-  const double* v_max;
+// Everything between the projections. h: columns u (C) | w (G) | v (G), those there are | gate (C) | bonds (G S)
+struct WholeArgs {
+  I kind, B, N, C, F, feat, act, threads, has_w, has_v;
+  const double *v_max, *eps;
   const T* h;
   I hb, hn, rows;
   const uint8_t* cut;
-  const T *taps, *bias, *scale;  // (CW, P), (G), (C)
-  T *x, *w, *v, *R;              // (B, N, C), all of them
-  const T *gx, *gw, *gv, *torque;
-  T *dh, *grads;  // grads: taps, bias, scale
+  const T *taps, *bias, *E, *eta, *scale, *wt;  // (CW, P), (G), (G), (G), (C), (feat C)
+  T *out, *rinv;                                // (B, N, feat C), (B, N)
+  double* lines;                                // (B, parts, G S): the lines before every part
+  T* kept;                                      // (B, parts, 2 G + 2 C): pivots and mixed values before it
+  const T* dout;
+  T *dh, *grads;  // grads: taps, bias, scale, E, eta, wt
 };
-struct Scratch {  // of a thread
-  std::vector<T> zero, pre, row, ring, acc;
-  std::vector<int> age;
-  std::vector<double> sum;
-};
-template <class K> struct First : Enter {
-  enum { M = K::M };
-  I G, P;
-  std::vector<Scratch> mem;
+enum { PART = 32 };  // tokens that the way back computes anew together
+template <class K> struct Whole : WholeArgs {
+  enum { M = K::M, S = K::S };
+  typedef Complex<V> Z;
   typedef typename K::Line Line;
   typedef typename K::Torque Torque;
-  First(const Enter& e) : Enter(e), G(e.C / M), P(e.C + (e.has_w + e.has_v) * (e.C / M)) {
-    mem.resize(threads);
-    for (Scratch& s : mem) {
-      s.zero.assign(P + W, 0), s.pre.assign(P + W, 0), s.row.assign(C + W, 0), s.ring.assign(CW * (P + W), 0);
-      s.acc.assign(CW * P + G + C + W, 0), s.sum.assign(CW * P + G + C, 0), s.age.resize(N);
-    }
-  }
-  // ages: how many tokens before this one the convolution may see
-  void ages(Scratch& s, I b) const {
-    for (I t = 0; t < N; t++) s.age[t] = t && !(cut && cut[b * N + t]) ? std::min(s.age[t - 1] + 1, (int)CW) : 0;
-  }
-  const T* row(I b, I t) const { return h + b * hb + t * hn; }
-  void taps_of(const Scratch& s, I b, I t, const T** r) const {
-    for (int j = 0; j < CW; j++) r[j] = j <= s.age[t] ? row(b, t - j) : s.zero.data();
-  }
-  template <int K_> void conv(const T* const* r, I c, int n, V* out) const {
-    for (int e = 0; e < K_; e++) out[e] = Me::ld(r[0] + c + e * W, n) * Me::ld(taps + c + e * W, n);
-    for (int j = 1; j < CW; j++)
-      for (int e = 0; e < K_; e++) out[e] += Me::ld(r[j] + c + e * W, n) * Me::ld(taps + j * P + c + e * W, n);
-  }
+  I G, P, Cp, Gp, blocks;  // Cp, Gp: whole vectors
+  struct Row { T *x, *R, *gr, *gi, *yr, *yi, *pre, *sg, *sw, *th; };
+  struct Mine {  // of a thread
+    std::vector<T> room;
+    std::vector<int> age;
+    std::vector<double> sum;
+    std::unique_ptr<Line[]> line;
+    std::unique_ptr<Torque[]> torque;
+    T *zero, *base, *eta, *w, *v, *ring, *acc, *tq, *ur, *ui, *dw, *dv;
+    Row rows[PART], now;
+    T *P, *L, *g, *y;  // carried: re and im
+  };
+  std::vector<Mine> mine;
+  I sums() const { return CW * P + 3 * G + C + feat * C; }
 ''')
 CPP_GAUGE_LAYER
 
 # %% ../nbs/02c_gauge.ipynb #e8715510
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
-  template <class F> static void over(I from_, I n, const F& f) {  // f(c, lanes), four vectors at once
-    I c = 0;
-    for (; c + 4 * W <= n; c += 4 * W) f(std::integral_constant<int, 4>(), from_ + c, (int)W);
-    for (; c < n; c += W) f(std::integral_constant<int, 1>(), from_ + c, (int)std::min<I>(W, n - c));
+  Whole(const WholeArgs& a) : WholeArgs(a), G(a.C / M), P(a.C + (a.has_w + a.has_v) * (a.C / M)), Cp((a.C + W - 1) / W * W + W),
+      Gp((a.C / M + W - 1) / W * W + W), blocks((a.C / M + BLOCK - 1) / BLOCK), mine(a.threads) {
+    const I step = P + 2 * W, row = 6 * Cp + 4 * Gp, n = dout ? (I)PART + 1 : 1;
+    for (Mine& m : mine) {
+      m.room.assign(n * row + (1 + CW) * step + 4 * Gp + 7 * Cp + 2 * (Cp + Gp) * 2 + sums() + 2 * Gp + 4 * W, 0);
+      m.sum.assign(sums(), 0), m.age.resize(N);
+      m.line.reset(new Line[blocks]), m.torque.reset(new Torque[blocks]);
+      T* p = m.room.data();
+      auto take = [&](I k) { return p += k, p - k; };
+      for (I i = 0; i < n; i++) {
+        Row& r = i < n - 1 ? m.rows[i] : m.now;
+        r = {take(Cp), take(Cp), take(Gp), take(Gp), take(Cp), take(Cp), take(Cp), take(Cp), take(Gp), take(Gp)};
+      }
+      m.zero = take(step), m.ring = take(CW * step), m.base = take(Gp), m.eta = take(Gp), m.w = take(Gp);
+      m.v = take(Gp), m.tq = take(Cp), m.ur = take(Cp), m.ui = take(Cp), m.dw = take(Gp), m.dv = take(Gp);
+      m.P = take(2 * Cp), m.L = take(2 * Gp), m.y = take(2 * Cp), m.g = take(2 * Gp), m.acc = take(sums());
+      for (I g = 0; g < Gp; g++) m.base[g] = g < G ? -2 - E[g] : T(0), m.eta[g] = g < G ? eta[g] : T(1);
+    }
   }
-  void spread(const T* a, T* out) const {  // of a group to its channels
-    SIDE_BY_SIDE for (I g = 0; g < G; g++) for (int k = 0; k < M; k++) out[M * g + k] = a[g];
+  void ages(Mine& m, I b) const {  // how many tokens back the convolution may see
+    for (I t = 0; t < N; t++) m.age[t] = t && !cut_at(b, t) ? std::min(m.age[t - 1] + 1, (int)CW) : 0;
+  }
+  bool cut_at(I b, I t) const { return cut && cut[b * N + t]; }
+  void taps_of(const Mine& m, I b, I t, const T** r) const {
+    for (int j = 0; j < CW; j++) r[j] = j <= m.age[t] ? h + b * hb + (t - j) * hn : m.zero;
+  }
+  static V spread(const T* p, I c) {  // of groups to the channels from c on
+    V x = from<T>(p + c / M);
+    return M == 4 ? P4::fourfold(x) : P4::twice(x);
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #3671f66d
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  template <int Q> void conv(const T* const* r, I c, int n, V* out) const {
+    for (int e = 0; e < Q; e++) out[e] = Me::ld(r[0] + c + e * W, n) * Me::ld(taps + c + e * W, n);
+    for (int j = 1; j < CW; j++)
+      for (int e = 0; e < Q; e++) out[e] += Me::ld(r[j] + c + e * W, n) * Me::ld(taps + j * P + c + e * W, n);
+  }
+  template <class F_> static void over(I n, const F_& f) {  // f(how many vectors, c, lanes of one)
+    I c = 0;
+    for (; c + 4 * W <= n; c += 4 * W) f(std::integral_constant<int, 4>(), c, (int)W);
+    for (; c + 2 * W <= n; c += 2 * W) f(std::integral_constant<int, 2>(), c, (int)W);
+    for (; c < n; c += W) f(std::integral_constant<int, 1>(), c, (int)std::min<I>(W, n - c));
   }
   void gather(const T* a, T* out) const {  // sums over the channels of a group
     SIDE_BY_SIDE for (I g = 0; g < G; g++) {
@@ -1005,77 +1040,25 @@ CPP_GAUGE_LAYER += Cpp(r'''
     }
   }
   const T* bonds(const T* q, I g, I n, T* tmp) const {
-    q += P + C + g * K::S;
-    if (K::S == 1) return q;
-    for (I i = 0; i < n * K::S; i++) tmp[i] = q[i] + (i % 4 ? T(0) : T(1));
+    q += P + C + g * S;
+    if (S == 1) return q;
+    for (I i = 0; i < n; i++) {
+      for (int k = 0; k < S; k++) tmp[S * i + k] = q[S * i + k];
+      tmp[S * i] += 1;
+    }
     return tmp;
   }
-  void values(Scratch& s, const T* const* r, I at) const {
-    const T* R_ = R + at * C;
-    over(0, C, [&](auto k, I c, int n) {
-      V u[k.value], sg[k.value];
-      conv<k.value>(r, c, n, u);
-      if (act) {
-        for (int e = 0; e < k.value; e++) sg[e] = u[e];
-        sigmoids<k.value>(sg);
-        for (int e = 0; e < k.value; e++) u[e] = u[e] * sg[e];
-      }
-      for (int e = 0; e < k.value; e++) {
-        const I i = c + e * W;
-        Me::st(x + at * C + i, Turn<K>(Me::ld(R_ + i, n)).in(u[e] * Me::ld(scale + i, n)), n);
-      }
-    });
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #3671f66d
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
-    if (has_w) {
-      over(0, G, [&](auto k, I c, int n) {
-        V a[k.value];
-        conv<k.value>(r, C + c, n, a);
-        for (int e = 0; e < k.value; e++) a[e] = a[e] + Me::ld(bias + c + e * W, n);
-        softpluses<k.value>(a);
-        for (int e = 0; e < k.value; e++) Me::st(&s.pre[c + e * W], a[e], n);
-      });
-      spread(s.pre.data(), w + at * C);
+  bool advance(Mine& m, const Row& o, I b, I t, const T* h_) const {
+    typename K::Rotor rotor;
+    T tmp[S * BLOCK];
+    bool ok = true;
+    for (I i = 0; i < blocks; i++) {
+      const I g = i * BLOCK, n = std::min<I>(BLOCK, G - g);
+      if (cut_at(b, t)) K::reset(m.line[i]);
+      ok &= K::advance(n, bonds(h_, g, n, tmp), m.line[i], rotor);
+      store<K>(n, rotor, o.R + g * M);
     }
-    if (has_v) {
-      over(0, G, [&](auto k, I c, int n) {
-        V a[k.value];
-        conv<k.value>(r, P - G + c, n, a);
-        for (int e = 0; e < k.value; e++) a[e] = 2 * a[e];
-        sigmoids<k.value>(a);
-        for (int e = 0; e < k.value; e++) Me::st(&s.pre[c + e * W], T(*v_max) * (2 * a[e] - 1), n);
-      });
-      spread(s.pre.data(), v + at * C);
-    }
-  }
-  int forward() {
-    const I blocks = (G + BLOCK - 1) / BLOCK;
-    std::unique_ptr<Line[]> lines(new Line[threads * blocks]);
-    int bad = 0;
-#pragma omp parallel for num_threads((int)threads) reduction(| : bad)
-    for (I b = 0; b < B; b++) {
-      Scratch& s = mem[bk_thread()];
-      Line* w_ = &lines[bk_thread() * blocks];
-      typename K::Rotor rotor;
-      T tmp[K::S * BLOCK];
-      const T* r[CW];
-      ages(s, b);
-      for (I t = 0; t < N; t++) {
-        taps_of(s, b, t, r);
-        for (I i = 0; i < blocks; i++) {
-          const I g = i * BLOCK, n = std::min<I>(BLOCK, G - g);
-          if (!t || (cut && cut[b * N + t])) K::reset(w_[i]);
-          if (!K::advance(n, bonds(r[0], g, n, tmp), w_[i], rotor)) bad = 1;
-          store<K>(n, rotor, R + (b * N + t) * C + g * M);
-        }
-        values(s, r, b * N + t);
-      }
-    }
-    return bad;
+    return ok;
   }
 ''')
 CPP_GAUGE_LAYER
@@ -1083,11 +1066,8 @@ CPP_GAUGE_LAYER
 # %% ../nbs/02c_gauge.ipynb #a81d5b53
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
-  // gradients before the convolution of one row, into d; sums for scale and bias
-  void row_back(Scratch& s, const T* const* r, I at, T* d) const {
-    const T *R_ = R + at * C, *gx_ = gx + at * C, *x_ = x + at * C, *tq = torque + at * C;
-    T *abias = &s.acc[CW * P], *ascale = abias + G;
-    over(0, C, [&](auto k, I c, int n) {
+  template <bool KEEP> void values(const T* const* r, const Row& o) const {  // into the frame
+    over(C, [&](auto k, I c, int n) {
       V u[k.value], sg[k.value];
       conv<k.value>(r, c, n, u);
       if (act) {
@@ -1096,67 +1076,68 @@ CPP_GAUGE_LAYER += Cpp(r'''
       }
       for (int e = 0; e < k.value; e++) {
         const I i = c + e * W;
-        V g = Me::ld(gx_ + i, n), q = u[e], slope = V{} + 1;
-        Me::st(&s.row[i], Turn<K>::torque(g, Me::ld(x_ + i, n)) + Me::ld(tq + i, n), n);
-        g = Turn<K>(Me::ld(R_ + i, n)).out(g);
-        if (act) slope = silu_slope(q, sg[e]), q = q * sg[e];
-        Me::st(ascale + i, Me::ld(ascale + i, n) + g * q, n);
-        Me::st(d + i, g * Me::ld(scale + i, n) * slope, n);
+        if (KEEP) to<T>(o.pre + i, u[e]), to<T>(o.sg + i, sg[e]);
+        if (act) u[e] = u[e] * sg[e];
+        to<T>(o.x + i, Turn<K>(from<T>(o.R + i)).in(u[e] * Me::ld(scale + i, n)));
       }
     });
-    if (has_w) {
-      gather(gw + at * C, d + C);
-      over(0, G, [&](auto k, I c, int n) {
+  }
+  template <bool KEEP> void potentials(Mine& m, const T* const* r, const Row& o) const {
+    if (has_w) over(G, [&](auto k, I c, int n) {
         V a[k.value], slope[k.value];
         conv<k.value>(r, C + c, n, a);
         for (int e = 0; e < k.value; e++) a[e] = a[e] + Me::ld(bias + c + e * W, n);
-        softpluses<k.value>(a, slope);
+        softpluses<k.value>(a, KEEP ? slope : nullptr);
         for (int e = 0; e < k.value; e++) {
-          const I i = c + e * W;
-          V g = Me::ld(d + C + i, n) * slope[e];
-          Me::st(d + C + i, g, n);
-          Me::st(abias + i, Me::ld(abias + i, n) + g, n);
+          to<T>(m.w + c + e * W, a[e]);
+          if (KEEP) to<T>(o.sw + c + e * W, slope[e]);
         }
       });
-    }
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #d0a2cee1
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
-    if (has_v) {
-      gather(gv + at * C, d + P - G);
-      over(0, G, [&](auto k, I c, int n) {
+    if (has_v) over(G, [&](auto k, I c, int n) {
         V a[k.value];
         conv<k.value>(r, P - G + c, n, a);
         for (int e = 0; e < k.value; e++) a[e] = 2 * a[e];
         sigmoids<k.value>(a);
         for (int e = 0; e < k.value; e++) {
           V th = 2 * a[e] - 1;
-          T* p = d + P - G + c + e * W;
-          Me::st(p, Me::ld(p, n) * (T(*v_max) * (1 - th * th)), n);
+          to<T>(m.v + c + e * W, T(*v_max) * th);
+          if (KEEP) to<T>(o.th + c + e * W, th);
         }
       });
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #d0a2cee1
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  // One token forward: line, values, potentials, pivots, mixing. g, y and the line are carried in m.
+  template <bool KEEP> bool row(Mine& m, const Row& o, I b, I t) const {
+    const T* r[CW];
+    taps_of(m, b, t, r);
+    const bool ok = advance(m, o, b, t, r[0]);
+    values<KEEP>(r, o);
+    potentials<KEEP>(m, r, o);
+    const V bond = V{} + T(cut_at(b, t) ? 0 : 1);
+    for (I c = 0; c < G; c += W) {
+      Z a = {from<T>(m.base + c), -from<T>(m.eta + c)}, g = {from<T>(m.g + c), from<T>(m.g + Gp + c)};
+      if (has_v) a.re += from<T>(m.v + c);
+      if (has_w) a.im -= from<T>(m.w + c);
+      g = pivot_step(a, g * bond);
+      to<T>(m.g + c, g.re), to<T>(m.g + Gp + c, g.im);
+      if (KEEP) to<T>(o.gr + c, g.re), to<T>(o.gi + c, g.im);
     }
+    for (I c = 0; c < C; c += W) {
+      Z g = {spread(m.g, c), spread(m.g + Gp, c)}, y = {from<T>(m.y + c), from<T>(m.y + Cp + c)};
+      y = mix_step(g, y, bond, from<T>(o.x + c));
+      to<T>(m.y + c, y.re), to<T>(m.y + Cp + c, y.im);
+      to<T>(o.yr + c, y.re), to<T>(o.yi + c, y.im);
+    }
+    return ok;
   }
-  // the convolution transposed; later[j]: gradients of the row j later, or zeros
-  void conv_back(Scratch& s, const T* const* r, const T* const* later, T* out) const {
-    T* f = s.acc.data();
-    over(0, P, [&](auto k, I c, int n) {
-      for (int e = 0; e < k.value; e++) {
-        const I i = c + e * W;
-        V d = Me::ld(later[0] + i, n), o = {};
-        for (int j = 0; j < CW; j++) {
-          Me::st(f + j * P + i, Me::ld(f + j * P + i, n) + d * Me::ld(r[j] + i, n), n);
-          o += Me::ld(later[j] + i, n) * Me::ld(taps + j * P + i, n);
-        }
-        Me::st(out + i, o, n);
-      }
-    });
-  }
-  void flush(Scratch& s) const {
-    for (size_t i = 0; i < s.sum.size(); i++) s.sum[i] += s.acc[i], s.acc[i] = 0;
+  void weights(const T* p, I c, int n, V& a, V& b) const {
+    if (feat == 2) ld2(p + 2 * c, n, a, b);
+    else a = Me::ld(p + c, n), b = V{};
   }
 ''')
 CPP_GAUGE_LAYER
@@ -1164,39 +1145,228 @@ CPP_GAUGE_LAYER
 # %% ../nbs/02c_gauge.ipynb #b4acac84
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
-  int backward() {
-    const I blocks = (G + BLOCK - 1) / BLOCK, step = P + W;
-    std::unique_ptr<Torque[]> torques(new Torque[threads * blocks]);
-#pragma omp parallel for num_threads((int)threads)
+  void finish(const Row& o, I at, const T* gate) const {  // out of the frame, norm, gate
+    V ss = {};
+    for (I c = 0; c < C; c += W) {
+      V a = from<T>(o.yr + c), b = from<T>(o.yi + c);
+      if (c + W > C) for (int i = (int)(C - c); i < W; i++) a[i] = b[i] = 0;
+      ss += feat == 2 ? a * a + b * b : a * a;
+    }
+    const T r = T(1) / std::sqrt(hsum<T>(ss) / (feat * C) + T(*eps));
+    if (rinv) rinv[at] = r;
+    over(C, [&](auto k, I c, int n) {
+      V z[k.value], sg[k.value];
+      for (int e = 0; e < k.value; e++) z[e] = sg[e] = Me::ld(gate + c + e * W, n);
+      sigmoids<k.value>(sg);
+      for (int e = 0; e < k.value; e++) {
+        const I i = c + e * W;
+        Turn<K> turn(from<T>(o.R + i));
+        V f = norm_gate(z[e], sg[e], r), a, b;
+        weights(wt, i, n, a, b);
+        a = a * f * turn.out(from<T>(o.yr + i));
+        T* q = out + (at * C + i) * feat;
+        if (feat == 2) st2(q, n, a, b * f * turn.out(from<T>(o.yi + i)));
+        else Me::st(q, a, n);
+      }
+    });
+  }
+  I parts() const { return (N + PART - 1) / PART; }
+  void start(Mine& m) const {
+    for (I i = 0; i < blocks; i++) K::reset(m.line[i]);
+    std::fill(m.y, m.y + 2 * Cp, T(0)), std::fill(m.g, m.g + 2 * Gp, T(0));
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #cee29e06
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  void save(const Mine& m, I b, I part) const {
+    double* l = lines + (b * parts() + part) * G * S;
+    for (I g = 0; g < G; g++) for (int k = 0; k < S; k++) l[g * S + k] = m.line[g / BLOCK][k][g % BLOCK];
+    T* q = kept + (b * parts() + part) * 2 * (G + C);
+    std::copy(m.g, m.g + G, q), std::copy(m.g + Gp, m.g + Gp + G, q + G);
+    std::copy(m.y, m.y + C, q + 2 * G), std::copy(m.y + Cp, m.y + Cp + C, q + 2 * G + C);
+  }
+  void load_(Mine& m, I b, I part) const {
+    const double* l = lines + (b * parts() + part) * G * S;
+    for (I g = 0; g < G; g++) for (int k = 0; k < S; k++) m.line[g / BLOCK][k][g % BLOCK] = l[g * S + k];
+    const T* q = kept + (b * parts() + part) * 2 * (G + C);
+    std::copy(q, q + G, m.g), std::copy(q + G, q + 2 * G, m.g + Gp);
+    std::copy(q + 2 * G, q + 2 * G + C, m.y), std::copy(q + 2 * G + C, q + 2 * G + 2 * C, m.y + Cp);
+  }
+  int forward() {
+    int bad = 0;
+#pragma omp parallel for num_threads((int)threads) reduction(| : bad)
     for (I b = 0; b < B; b++) {
-      Scratch& s = mem[bk_thread()];
-      Torque* tq = &torques[bk_thread() * blocks];
-      typename K::Rotor rotor;
-      T tmp[K::S * BLOCK];
-      const T *r[CW], *later[CW];
-      std::fill(&tq[0][0][0], &tq[0][0][0] + blocks * K::Q * BLOCK, 0.);
-      ages(s, b);
-      for (I t = N - 1; t >= 0; t--) {
-        const I at = b * N + t;
-        T* out = dh + at * F;
-        taps_of(s, b, t, r);
-        row_back(s, r, at, &s.ring[t % CW * step]);
-        for (int j = 0; j < CW; j++)
-          later[j] = t + j < N && j <= s.age[t + j] ? &s.ring[(t + j) % CW * step] : s.zero.data();
-        conv_back(s, r, later, out);
-        for (I i = 0; i < blocks; i++) {
-          const I g = i * BLOCK, n = std::min<I>(BLOCK, G - g);
-          load<K>(n, R + at * C + g * M, rotor);
-          Turn<K>::add(n, &s.row[g * M], tq[i]);
-          K::bond_grad(n, bonds(r[0], g, n, tmp), rotor, tq[i], out + P + C + g * K::S);
-          if (cut && cut[at]) std::fill(&tq[i][0][0], &tq[i][0][0] + K::Q * BLOCK, 0.);
-        }
-        if (t % 64 == 0) flush(s);
+      Mine& m = mine[bk_thread()];
+      ages(m, b);
+      start(m);
+      for (I t = 0; t < N; t++) {
+        if (kept && t % PART == 0) save(m, b, t / PART);
+        if (!row<false>(m, m.now, b, t)) bad = 1;
+        finish(m.now, b * N + t, h + b * hb + t * hn + P);
       }
     }
-    for (size_t i = 0; i < mem[0].sum.size(); i++) {
+    return bad;
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #a4fcad43
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  // One token back. From the gradient of the result to those of mixed values and gate; torques
+  void finish_back(Mine& m, const Row& o, I at, const T* gate) const {
+    const T *d = dout + at * feat * C, *q = out + at * feat * C, r = rinv[at];
+    T* aw = m.acc + CW * P + 3 * G + C;
+    V s = {};
+    for (I c = 0; c < feat * C; c += W) {
+      const int n = (int)std::min<I>(W, feat * C - c);
+      s += Me::ld(d + c, n) * Me::ld(q + c, n);
+    }
+    const T mean = hsum<T>(s) / (feat * C);
+    over(C, [&](auto k, I c, int n) {
+      V z[k.value], sg[k.value];
+      for (int e = 0; e < k.value; e++) z[e] = sg[e] = Me::ld(gate + c + e * W, n);
+      sigmoids<k.value>(sg);
+      for (int e = 0; e < k.value; e++) {
+        const I i = c + e * W;
+        Turn<K> turn(from<T>(o.R + i));
+        V re = from<T>(o.yr + i), im = from<T>(o.yi + i), silu = z[e] * sg[e], dz = {}, d0, d1, w0, w1, s0, s1;
+        weights(d, i, n, d0, d1), weights(wt, i, n, w0, w1), weights(aw, i, n, s0, s1);
+        V g0 = turn.in(norm_gate_back(d0, turn.out(re), w0, silu, r, mean, s0, dz)), g1 = {};
+        if (feat == 2) {
+          g1 = turn.in(norm_gate_back(d1, turn.out(im), w1, silu, r, mean, s1, dz));
+          st2(aw + 2 * i, n, s0, s1);
+        } else Me::st(aw + i, s0, n);
+        Me::st(dh + at * F + P + i, dz * silu_slope(z[e], sg[e]), n);
+        to<T>(m.ur + i, g0), to<T>(m.ui + i, g1);
+        to<T>(m.tq + i, Turn<K>::torque(re, g0) + Turn<K>::torque(im, g1));
+      }
+    });
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #01ba2b1e
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  // through mixing and pivots; bond: to the token after. Leaves the values' gradient in ur
+  void chain_back(Mine& m, const Row& o, T bond_) const {
+    const V bond = V{} + bond_;
+    T *qr = m.dw, *qi = m.dv, *aE = m.acc + CW * P + G + C, *aeta = aE + G;
+    for (I c = 0; c < C; c += W) {
+      Z gc = {spread(o.gr, c), -spread(o.gi, c)}, yc = {from<T>(o.yr + c), -from<T>(o.yi + c)};
+      Z p = mix_adjoint(gc, Z{from<T>(m.ur + c), from<T>(m.ui + c)}, Z{from<T>(m.P + c), from<T>(m.P + Cp + c)}, bond);
+      to<T>(m.P + c, p.re), to<T>(m.P + Cp + c, p.im);
+      yc = yc * p;
+      to<T>(m.ur + c, yc.re), to<T>(m.ui + c, yc.im);
+    }
+    gather(m.ur, qr), gather(m.ui, qi);
+    for (I c = 0; c < G; c += W) {
+      const int n = (int)std::min<I>(W, G - c);
+      Z gc = {from<T>(o.gr + c), -from<T>(o.gi + c)}, l = {from<T>(m.L + c), from<T>(m.L + Gp + c)};
+      l = pivot_adjoint(gc, l * bond) - Z{from<T>(qr + c), from<T>(qi + c)};
+      to<T>(m.L + c, l.re), to<T>(m.L + Gp + c, l.im);
+      Me::st(aE + c, Me::ld(aE + c, n) - l.re, n), Me::st(aeta + c, Me::ld(aeta + c, n) - l.im, n);
+    }
+  }
+  // from the frame and the activations to what the convolution gave: d
+  void values_back(Mine& m, const Row& o, T* d) const {
+    T *abias = m.acc + CW * P, *ascale = abias + G;
+    for (I c = 0; c < C; c += W) {
+      const int n = (int)std::min<I>(W, C - c);
+      V g = from<T>(m.P + c), q = from<T>(o.pre + c), sg = from<T>(o.sg + c), slope = V{} + 1;
+      to<T>(m.tq + c, from<T>(m.tq + c) + Turn<K>::torque(g, from<T>(o.x + c)));
+      g = Turn<K>(from<T>(o.R + c)).out(g);
+      if (act) slope = silu_slope(q, sg), q = q * sg;
+      Me::st(ascale + c, Me::ld(ascale + c, n) + g * q, n);
+      Me::st(d + c, g * Me::ld(scale + c, n) * slope, n);
+    }
+    for (I c = 0; c < G; c += W) {
+      const int n = (int)std::min<I>(W, G - c);
+      if (has_w) {
+        V g = -from<T>(m.L + Gp + c) * from<T>(o.sw + c);
+        Me::st(d + C + c, g, n), Me::st(abias + c, Me::ld(abias + c, n) + g, n);
+      }
+      V th = from<T>(o.th + c);
+      if (has_v) Me::st(d + P - G + c, from<T>(m.L + c) * T(*v_max) * (1 - th * th), n);
+    }
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #bc20848e
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  // the convolution transposed; later[j]: gradients of the row j later, or zeros
+  void conv_back(Mine& m, const T* const* r, const T* const* later, T* o) const {
+    T* f = m.acc;
+    over(P, [&](auto k, I c, int n) {
+      for (int e = 0; e < k.value; e++) {
+        const I i = c + e * W;
+        V d = Me::ld(later[0] + i, n), x = {};
+        for (int j = 0; j < CW; j++) {
+          Me::st(f + j * P + i, Me::ld(f + j * P + i, n) + d * Me::ld(r[j] + i, n), n);
+          x += Me::ld(later[j] + i, n) * Me::ld(taps + j * P + i, n);
+        }
+        Me::st(o + i, x, n);
+      }
+    });
+  }
+  void line_back(Mine& m, const Row& o, const T* h_, T* d, bool cut_) const {
+    typename K::Rotor rotor;
+    T tmp[S * BLOCK];
+    for (I i = 0; i < blocks; i++) {
+      const I g = i * BLOCK, n = std::min<I>(BLOCK, G - g);
+      load<K>(n, o.R + g * M, rotor);
+      Turn<K>::add(n, m.tq + g * M, m.torque[i]);
+      K::bond_grad(n, bonds(h_, g, n, tmp), rotor, m.torque[i], d + P + C + g * S);
+      if (cut_) std::fill(&m.torque[i][0][0], &m.torque[i][0][0] + K::Q * BLOCK, 0.);
+    }
+  }
+  void flush(Mine& m) const {
+    for (I i = 0; i < sums(); i++) m.sum[i] += m.acc[i], m.acc[i] = 0;
+  }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #5e94c593
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+  int backward() {
+    const I step = P + 2 * W;
+#pragma omp parallel for num_threads((int)threads)
+    for (I b = 0; b < B; b++) {
+      Mine& m = mine[bk_thread()];
+      const T *r[CW], *later[CW];
+      std::fill(&m.torque[0][0][0], &m.torque[0][0][0] + blocks * K::Q * BLOCK, 0.);
+      std::fill(m.P, m.P + 2 * Cp, T(0)), std::fill(m.L, m.L + 2 * Gp, T(0));
+      ages(m, b);
+      for (I p = parts() - 1; p >= 0; p--) {
+        const I t0 = p * PART, t1 = std::min<I>(N, t0 + PART);
+        load_(m, b, p);
+        for (I t = t0; t < t1; t++) row<true>(m, m.rows[t - t0], b, t);
+        for (I t = t1 - 1; t >= t0; t--) {
+          const Row& o = m.rows[t - t0];
+          const I at = b * N + t;
+          T* d = dh + at * F;
+          taps_of(m, b, t, r);
+          finish_back(m, o, at, r[0] + P);
+          chain_back(m, o, t + 1 < N && cut_at(b, t + 1) ? 0 : 1);
+          values_back(m, o, m.ring + t % CW * step);
+          for (int j = 0; j < CW; j++)
+            later[j] = t + j < N && j <= m.age[t + j] ? m.ring + (t + j) % CW * step : m.zero;
+          conv_back(m, r, later, d);
+          line_back(m, o, r[0], d, cut_at(b, t));
+        }
+        flush(m);
+      }
+    }
+    for (I i = 0; i < sums(); i++) {
       double z = 0;
-      for (Scratch& s : mem) z += s.sum[i];
+      for (Mine& m : mine) z += m.sum[i];
       grads[i] = (T)z;
     }
     return 0;
@@ -1205,206 +1375,68 @@ CPP_GAUGE_LAYER += Cpp(r'''
 ''')
 CPP_GAUGE_LAYER
 
-# %% ../nbs/02c_gauge.ipynb #cee29e06
+# %% ../nbs/02c_gauge.ipynb #accc2140
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
-// Second pass: values back from the frame, normed, gated. Gate: column P of h.
-struct Leave {
-  I kind, B, N, C, F, P, feat, threads;
-  const double* eps;
-  const T* h;
-  I hb, hn, rows;
-  const T *R, *y, *wt;  // (B, N, C), (B, N, C, 2), (feat C)
-  T *out, *rinv;        // (B, N, feat C), (B, N)
-  const T* dout;
-  T *dy, *torque, *dh, *grads;  // grads: of wt
-};
-template <class K> struct Last : Leave {
-  std::vector<T> buf, acc;
-  std::vector<double> sum;
-  Last(const Leave& l) : Leave(l), buf(threads * 2 * (C + W)), acc(threads * feat * C), sum(acc.size()) {}
-  void weights(const T* p, I c, int n, V& a, V& b) const {
-    if (feat == 2) ld2(p + 2 * c, n, a, b);
-    else a = Me::ld(p + c, n), b = V{};
-  }
-  template <class F_> void each(const F_& f) const {
-#pragma omp parallel for num_threads((int)threads)
-    for (I i = 0; i < B * N; i++) f(i, h + i / N * hb + i % N * hn + P, (I)bk_thread());
-  }
-  // y of row i out of the frame
-  void turned(I i, I c, int n, V& re, V& im) const {
-    ld2(y + (i * C + c) * 2, n, re, im);
-    Turn<K> t(Me::ld(R + i * C + c, n));
-    re = t.out(re);
-    im = t.out(im);
-  }
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #a4fcad43
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
-  int forward() {
-    each([&](I i, const T* gate, I me) {
-      T *re = &buf[me * 2 * (C + W)], *im = re + C + W;
-      V ss = {};
-      for (I c = 0; c < C; c += W) {
-        const int n = (int)std::min<I>(W, C - c);
-        V a, b;
-        turned(i, c, n, a, b);
-        ss += feat == 2 ? a * a + b * b : a * a;
-        to<T>(re + c, a), to<T>(im + c, b);
-      }
-      const T r = T(1) / std::sqrt(hsum<T>(ss) / (feat * C) + T(*eps));
-      if (rinv) rinv[i] = r;
-      for (I c = 0; c < C; c += W) {
-        const int n = (int)std::min<I>(W, C - c);
-        V z = Me::ld(gate + c, n), f = norm_gate(z, sigmoid(z), r), a, b;
-        weights(wt, c, n, a, b);
-        a = a * f * from<T>(re + c), b = b * f * from<T>(im + c);
-        T* o = out + (i * C + c) * feat;
-        if (feat == 2) st2(o, n, a, b);
-        else Me::st(o, a, n);
-      }
-    });
-    return 0;
-  }
-  int backward() {
-    each([&](I i, const T* gate, I me) {
-      const T *d = dout + i * feat * C, *o = out + i * feat * C, r = rinv[i];
-      T* a_ = &acc[me * feat * C];
-      V m_ = {};
-      for (I c = 0; c < feat * C; c += W) {
-        const int n = (int)std::min<I>(W, feat * C - c);
-        m_ += Me::ld(d + c, n) * Me::ld(o + c, n);
-      }
-      const T m = hsum<T>(m_) / (feat * C);
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #01ba2b1e
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
-      for (I c = 0; c < C; c += W) {
-        const int n = (int)std::min<I>(W, C - c);
-        V re, im, yr, yi, d0, d1, w0, w1, s0, s1, dz = {}, z = Me::ld(gate + c, n), sg = sigmoid(z), silu = z * sg;
-        ld2(y + (i * C + c) * 2, n, re, im);
-        Turn<K> t(Me::ld(R + i * C + c, n));
-        yr = t.out(re), yi = t.out(im);
-        weights(d, c, n, d0, d1), weights(wt, c, n, w0, w1), weights(a_, c, n, s0, s1);
-        V g0 = t.in(norm_gate_back(d0, yr, w0, silu, r, m, s0, dz)), g1 = {};
-        if (feat == 2) {
-          g1 = t.in(norm_gate_back(d1, yi, w1, silu, r, m, s1, dz));
-          st2(a_ + 2 * c, n, s0, s1);
-        } else Me::st(a_ + c, s0, n);
-        Me::st(dh + i * F + P + c, dz * silu_slope(z, sg), n);
-        st2(dy + (i * C + c) * 2, n, g0, g1);
-        Me::st(torque + i * C + c, Turn<K>::torque(re, g0) + Turn<K>::torque(im, g1), n);
-      }
-      if (i % 64 == 63) flush(me);
-    });
-    for (I me = 0; me < threads; me++) flush(me);
-    for (I c = 0; c < feat * C; c++) {
-      double z = 0;
-      for (I me = 0; me < threads; me++) z += sum[me * feat * C + c];
-      grads[c] = (T)z;
-    }
-    return 0;
-  }
-  void flush(I me) {
-    for (I c = me * feat * C; c < (me + 1) * feat * C; c++) sum[c] += acc[c], acc[c] = 0;
-  }
-};
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #bc20848e
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
-template <template <class> class Pass, class Args> static int pass(const I* a, bool back) {
+template <class K> static int whole(const WholeArgs& a, bool back) {
+  Whole<K> w(a);
+  return back ? w.backward() : w.forward();
+}
+static int whole_(const I* a, bool back) {
   return guarded([&] {
-    Args x;
+    WholeArgs x;
     std::memcpy(&x, a, sizeof x);
-    auto go = [&](auto p) { return back ? p.backward() : p.forward(); };
-    return x.kind ? go(Pass<SO3>(x)) : go(Pass<U1>(x));
+    return x.kind ? whole<SO3>(x, back) : whole<U1>(x, back);
   });
 }
-extern "C" int bk_enter(const I* a) { return pass<First, Enter>(a, false); }
-extern "C" int bk_enter_backward(const I* a) { return pass<First, Enter>(a, true); }
-extern "C" int bk_leave(const I* a) { return pass<Last, Leave>(a, false); }
-extern "C" int bk_leave_backward(const I* a) { return pass<Last, Leave>(a, true); }
+extern "C" int bk_gauge_layer(const I* a) { return whole_(a, false); }
+extern "C" int bk_gauge_layer_backward(const I* a) { return whole_(a, true); }
 extern "C" int bk_lanes(const I*) { return W; }
 ''')
 CPP_GAUGE_LAYER
 
-# %% ../nbs/02c_gauge.ipynb #5e94c593
+# %% ../nbs/02c_gauge.ipynb #6ba94e37
 GAUGE_LAYER = {t: CppLibrary(f'bk_gauge_layer_{n}', Cpp(f'#define REAL {c}\n') + _TOOLS + CPP_GAUGE + CPP_GAUGE_LAYER)
                for t,n,c in ((torch.float32, 'f32', 'float'), (torch.float64, 'f64', 'double'))}
 
-def _width(h, C, G, nums): # columns that are convolved, and all
-    P = C + (nums[4] + nums[5])*G
-    if h.shape[2] < P + C: raise ValueError(f'h: want at least {P + C} columns; got {h.shape[2]}')
-    return P
-
-def _enter_args(gauge, h, cut, taps, bias, scale, nums, x, w, v, R, gx=None, gw=None, gv=None, torque=None,
-                dh=None, grads=None):
-    (B,N,F_), C, dt = h.shape, len(scale), h.dtype
-    v_max, eps, features, act, has_w, has_v = nums
-    G, full = C//gauge.size, (B, N, C)
-    P = _width(h, C, G, nums)
+_PART = 32 # as in C++
+def _whole(name, gauge, h, cut, ps, nums, out, rinv, lines, kept, dout=None, dh=None, grads=None):
+    (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_w, has_v) = ps, nums
+    (B,N,F_), C, dt, parts = h.shape, len(scale), h.dtype, (h.shape[1] + _PART - 1)//_PART
+    G = C//gauge.size
+    P = C + (has_w + has_v)*G
     if F_ != P + C + G*math.prod(gauge.bond): raise ValueError(f'h: {F_} columns do not fit {gauge.name} of {C} channels')
-    c = Call().ints(gauge is SO3, B, N, C, F_, act, torch.get_num_threads(), has_w, has_v).floats(v_max)
+    c = Call().ints(gauge is SO3, B, N, C, F_, features, act, torch.get_num_threads(), has_w, has_v).floats(v_max, eps)
     c.rows('h', h, dt, (B, N, F_)).dense('cut', cut, torch.bool, (B, N)).dense('taps', taps, dt, (4, P))
-    c.dense('bias', bias, dt, (G,)).dense('scale', scale, dt, (C,)).dense('x', x, dt, full)
-    for n,t in dict(w=w, v=v, R=R, gx=gx, gw=gw, gv=gv, torque=torque).items(): c.dense(n, t, dt, full)
-    c.dense('dh', dh, dt, h.shape).dense('grads', grads, dt, (4*P + G + C,))
-    return c
+    for n,t in dict(bias=bias, E=E, eta=eta).items(): c.dense(n, t, dt, (G,))
+    c.dense('scale', scale, dt, (C,)).dense('weight', weight, dt, (features*C,))
+    c.dense('out', out, dt, (B, N, features*C)).dense('rinv', rinv, dt, (B, N))
+    c.dense('lines', lines, torch.float64, (B, parts, G*math.prod(gauge.bond))).dense('kept', kept, dt, (B, parts, 2*(G + C)))
+    c.dense('dout', dout, dt, out.shape).dense('dh', dh, dt, h.shape)
+    c.dense('grads', grads, dt, (4*P + 3*G + (1 + features)*C,))
+    if c.enter(GAUGE_LAYER[dt], name): _no_length()
 
-def _leave_args(gauge, h, R, y, weight, nums, out, rinv, dout=None, dy=None, torque=None, dh=None, grads=None):
-    (B,N,F_), C, dt, features = h.shape, R.shape[2], h.dtype, nums[2]
-    P = _width(h, C, C//gauge.size, nums)
-    c = Call().ints(gauge is SO3, B, N, C, F_, P, features, torch.get_num_threads()).floats(nums[1])
-    c.rows('h', h, dt, (B, N, F_)).dense('R', R, dt, (B, N, C)).dense('y', y, dt.to_complex(), (B, N, C))
-    c.dense('weight', weight, dt, (features*C,)).dense('out', out, dt, (B, N, features*C)).dense('rinv', rinv, dt, (B, N))
-    c.dense('dout', dout, dt, out.shape).dense('dy', dy, dt.to_complex(), (B, N, C))
-    c.dense('torque', torque, dt, (B, N, C)).dense('dh', dh, dt, h.shape)
-    return c.dense('grads', grads, dt, (features*C,))
-
-# %% ../nbs/02c_gauge.ipynb #accc2140
 class _GaugeKernel:
     "What lies between the projections of a `GaugeMixer`, for `_Node`."
     libraries = GAUGE_LAYER
     def __init__(self, gauge): self.gauge = gauge
     def forward(self, h, nums, cut, taps, bias, E, log_eta, scale, weight):
-        h, gauge, (B,N,_), C = _by_rows(h), self.gauge, h.shape, len(scale)
-        x, R = (_new((B, N, C), h.dtype) for _ in range(2))
-        w, v = (_new((B, N, C), h.dtype) if has else None for has in nums[4:])
-        c = _enter_args(gauge, h, cut, taps, bias, scale, nums, x, w, v, R)
-        if c.enter(GAUGE_LAYER[h.dtype], 'bk_enter'): _no_length()
-        spread = lambda t: t.repeat_interleave(gauge.size)
-        hop = _hop_of(cut, None)
-        if hop is not None: hop = hop.to(h.dtype).expand(-1, -1, C).contiguous()
-        g, y = _scan_cpp(v, w, x, spread(E), spread(log_eta.exp()), hop, None, None, [B, N, C])
-        out, rinv = _new((B, N, nums[2]*C), h.dtype), _new((B, N), h.dtype)
-        _leave_args(gauge, h, R, y, weight, nums, out, rinv).enter(GAUGE_LAYER[h.dtype], 'bk_leave')
-        return out, x, R, g, y, rinv
+        h, (B,N,_), t, C, G = _by_rows(h), h.shape, h.dtype, len(scale), len(E)
+        parts, ps = (N + _PART - 1)//_PART, (taps, bias, E, log_eta.exp(), scale, weight)
+        out, rinv = _new((B, N, nums[2]*C), t), _new((B, N), t)
+        lines = _new((B, parts, G*math.prod(self.gauge.bond)), torch.float64)
+        kept = _new((B, parts, 2*(G + C)), t)
+        _whole('bk_gauge_layer', self.gauge, h, cut, ps, nums, out, rinv, lines, kept)
+        return out, rinv, lines, kept
 
-    def backward(self, dout, h, nums, cut, taps, bias, E, log_eta, scale, weight, out, x, R, g, y, rinv):
-        h, gauge, lib, C = _by_rows(h), self.gauge, GAUGE_LAYER[h.dtype], len(scale)
-        dh, dy, torque, dweight = torch.empty_like(h), torch.empty_like(y), torch.empty_like(x), torch.empty_like(weight)
-        c = _leave_args(gauge, h, R, y, weight, nums, out, rinv, dout.contiguous(), dy, torque, dh, dweight)
-        c.enter(lib, 'bk_leave_backward')
-        hop = _hop_of(cut, None)
-        if hop is not None: hop = hop.to(h.dtype).expand(-1, -1, C).contiguous()
-        need = [nums[5], nums[4], True, False]
-        dv, dw, du, _, dE, deta, *_ = _scan_backward_cpp(g, y, dy, None, hop, None, None, list(x.shape), need)
-        grads = taps.new_empty(taps.numel() + len(E) + C)
-        c = _enter_args(gauge, h, cut, taps, bias, scale, nums, x, None, None, R, du, dw, dv, torque, dh, grads)
-        c.enter(lib, 'bk_enter_backward')
-        dtaps, dbias, dscale = grads.split([taps.numel(), len(E), C])
-        gather = lambda t: t.view(-1, gauge.size).sum(1)
-        dbias = None if bias is None else dbias
-        return dh, None, None, dtaps.view_as(taps), dbias, gather(dE), gather(deta)*log_eta.exp(), dscale, dweight
+    def backward(self, dout, h, nums, cut, taps, bias, E, log_eta, scale, weight, out, *kept):
+        h, eta, C, G = _by_rows(h), log_eta.exp(), len(scale), len(E)
+        n = [taps.numel(), G, C, G, G, len(weight)]
+        dh, grads = torch.empty_like(h), _new((sum(n),), h.dtype)
+        _whole('bk_gauge_layer_backward', self.gauge, h, cut, (taps, bias, E, eta, scale, weight), nums, out, *kept,
+               dout.contiguous(), dh, grads)
+        dt, db, ds, dE, dn, dw = grads.split(n)
+        return dh, None, None, dt.view_as(taps), None if bias is None else db, dE, dn*eta, ds, dw
 
 # %% ../nbs/02c_gauge.ipynb #8792e124
 def _lanes_of(t): # of a vector of this type
