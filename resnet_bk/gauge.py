@@ -387,10 +387,10 @@ CPP_GAUGE += Cpp(r'''
   static void bond_grad(I n, const T* bond, const Rotor& r, const Torque& t, T* out) {
     SIDE_BY_SIDE for (I g = 0; g < n; g++) {
       const T* q = bond + 4 * g;
-      double w = 2 * r[0][g], a = r[1][g], b = r[2][g], c = r[3][g], i = t[0][g], j = t[1][g], k = t[2][g];
-      double l = b * k - c * j, m = c * i - a * k, o = a * j - b * i;
-      double x = i + w * l + 2 * (b * o - c * m), y = j + w * m + 2 * (c * l - a * o), z = k + w * o + 2 * (a * m - b * l);
-      double q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3], f = 2 / (q0 * q0 + q1 * q1 + q2 * q2 + q3 * q3);
+      T w = 2 * r[0][g], a = r[1][g], b = r[2][g], c = r[3][g], i = (T)t[0][g], j = (T)t[1][g], k = (T)t[2][g];
+      T l = b * k - c * j, m = c * i - a * k, o = a * j - b * i;
+      T x = i + w * l + 2 * (b * o - c * m), y = j + w * m + 2 * (c * l - a * o), z = k + w * o + 2 * (a * m - b * l);
+      T q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3], f = 2 / (q0 * q0 + q1 * q1 + q2 * q2 + q3 * q3);
       T* d = out + 4 * g;  // f (0, x, y, z) q
       d[0] = (T)(-f * (x * q1 + y * q2 + z * q3));
       d[1] = (T)(f * (x * q0 + y * q3 - z * q2));
@@ -959,13 +959,14 @@ struct WholeArgs {
   const T* dout;
   T *dh, *grads;  // grads: taps, bias, scale, E, eta, wt
 };
-enum { PART = 32 };  // tokens that the way back computes anew together
+enum { PART = 32, FAR = 8 << 20 };  // tokens that the way back computes anew together; bytes
 template <class K> struct Whole : WholeArgs {
   enum { M = K::M, S = K::S };
   typedef Complex<V> Z;
   typedef typename K::Line Line;
   typedef typename K::Torque Torque;
   I G, P, Cp, Gp, blocks;  // Cp, Gp: whole vectors
+  bool past, past_h;       // results that no cache holds go to memory without being fetched first
   struct Row { T *x, *R, *gr, *gi, *yr, *yi, *pre, *sg, *sw, *th; };
   struct Mine {  // of a thread
     std::vector<T> room;
@@ -987,6 +988,7 @@ CPP_GAUGE_LAYER
 CPP_GAUGE_LAYER += Cpp(r'''
   Whole(const WholeArgs& a) : WholeArgs(a), G(a.C / M), P(a.C + (a.has_w + a.has_v) * (a.C / M)), Cp((a.C + W - 1) / W * W + W),
       Gp((a.C / M + W - 1) / W * W + W), blocks((a.C / M + BLOCK - 1) / BLOCK), mine(a.threads) {
+    past = B * N * feat * C * (I)sizeof(T) > FAR, past_h = B * N * F * (I)sizeof(T) > FAR;
     const I step = P + 2 * W, row = 6 * Cp + 4 * Gp, n = dout ? (I)PART + 1 : 1;
     for (Mine& m : mine) {
       m.room.assign(n * row + (1 + CW) * step + 4 * Gp + 7 * Cp + 2 * (Cp + Gp) * 2 + sums() + 2 * Gp + 4 * W, 0);
@@ -1165,8 +1167,16 @@ CPP_GAUGE_LAYER += Cpp(r'''
         weights(wt, i, n, a, b);
         a = a * f * turn.out(from<T>(o.yr + i));
         T* q = out + (at * C + i) * feat;
-        if (feat == 2) st2(q, n, a, b * f * turn.out(from<T>(o.yi + i)));
-        else Me::st(q, a, n);
+        if (feat == 1) {
+          Me::stream(q, a, n, past);
+          continue;
+        }
+        b = b * f * turn.out(from<T>(o.yi + i));
+        if (n < W) {
+          st2(q, n, a, b);
+          continue;
+        }
+        Me::stream(q, Shuffle<W>::low(a, b), W, past), Me::stream(q + W, Shuffle<W>::high(a, b), W, past);
       }
     });
   }
@@ -1207,6 +1217,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
         if (!row<false>(m, m.now, b, t)) bad = 1;
         finish(m.now, b * N + t, h + b * hb + t * hn + P);
       }
+      drain();
     }
     return bad;
   }
@@ -1219,6 +1230,11 @@ CPP_GAUGE_LAYER += Cpp(r'''
   // One token back. From the gradient of the result to those of mixed values and gate; torques
   void finish_back(Mine& m, const Row& o, I at, const T* gate) const {
     const T *d = dout + at * feat * C, *q = out + at * feat * C, r = rinv[at];
+    if (at >= 4)  // no processor foresees rows that come in this order
+      for (I c = 0; c < feat * C; c += 64 / (I)sizeof(T)) {
+        __builtin_prefetch(d + c - 4 * feat * C, 0, 2);
+        __builtin_prefetch(q + c - 4 * feat * C, 0, 2);
+      }
     T* aw = m.acc + CW * P + 3 * G + C;
     V s = {};
     for (I c = 0; c < feat * C; c += W) {
@@ -1240,7 +1256,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
           g1 = turn.in(norm_gate_back(d1, turn.out(im), w1, silu, r, mean, s1, dz));
           st2(aw + 2 * i, n, s0, s1);
         } else Me::st(aw + i, s0, n);
-        Me::st(dh + at * F + P + i, dz * silu_slope(z[e], sg[e]), n);
+        Me::stream(dh + at * F + P + i, dz * silu_slope(z[e], sg[e]), n, past_h);
         to<T>(m.ur + i, g0), to<T>(m.ui + i, g1);
         to<T>(m.tq + i, Turn<K>::torque(re, g0) + Turn<K>::torque(im, g1));
       }
@@ -1311,7 +1327,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
           Me::st(f + j * P + i, Me::ld(f + j * P + i, n) + d * Me::ld(r[j] + i, n), n);
           x += Me::ld(later[j] + i, n) * Me::ld(taps + j * P + i, n);
         }
-        Me::st(o + i, x, n);
+        Me::stream(o + i, x, n, past_h);
       }
     });
   }
@@ -1363,6 +1379,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
         }
         flush(m);
       }
+      drain();
     }
     for (I i = 0; i < sums(); i++) {
       double z = 0;
