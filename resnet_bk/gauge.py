@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from .bk_core import OptT, _dense, _lanes, _refuse, resolvent_mix
 from .cpu_kernels import _new, _scan_backward_cpp, _scan_cpp
 from .fused_layers import _Node, _TOOLS, _as_built, _by_rows, _plainly, _taps, _tensors, _threads
-from .mixers import BKAttention, BKMixer, _autocasts, _cast, _check, _check_part, _float, _hop_of, find_gauge
+from .mixers import BKAttention, BKMixer, find_gauge
+from .mixers import _autocasts, _cast, _check_part, _float, _hop_of
 
 # %% ../nbs/02c_gauge.ipynb #b2716228
 def quat_mul(
@@ -86,7 +87,8 @@ def _line_so3(q, cut, state):
 
 # %% ../nbs/02c_gauge.ipynb #53e90033
 class U1:
-    "Angles on the bonds: pairs of channels turn in their plane. A Peierls phase, or a rotary embedding by content."
+    """Angles on the bonds: pairs of channels turn in their plane. A Peierls phase, or a rotary embedding by
+    content."""
     name, size, bond, rotor = 'u1', 2, (), 2  # channels of a group, what lies on a bond, numbers of a rotor
     identity = (0.,)                          # a state that turns nothing
     start = .1                                # what a layer's bonds are drawn with at first
@@ -99,7 +101,8 @@ class U1:
         return torch.cat([c*x[...,:1] - s*x[...,1:], s*x[...,:1] + c*x[...,1:]], -1)
 
 class SO3:
-    "Quaternions on the bonds: of four channels one is a number and three are a vector that turns. Spin–orbit coupling."
+    """Quaternions on the bonds: of four channels one is a number and three are a vector that turns.
+    Spin–orbit coupling."""
     name, size, bond, rotor = 'so3', 4, (4,), 4
     identity, start = (1., 0., 0., 0.), .05
     def bonds(r): # (B, N, G·4)
@@ -176,7 +179,8 @@ def _in_backward_ref(gauge, gx, gW, gend, x, W, bonds, cut, state):
     if gx is not None: t = t + A.torque(groups(gx), groups(x)).sum(2)
     if gW is not None: t = t + A.torque_of(Wd, gW.double())
     s = (_identity(gauge, bonds) if state is None else state.double())
-    if not N: return torch.zeros_like(x), torch.zeros_like(bonds), torch.zeros_like(s) if gend is None else gend
+    if not N:
+        return torch.zeros_like(x), torch.zeros_like(bonds), torch.zeros_like(s) if gend is None else gend
     if gend is not None: t = torch.cat([t[:,:-1], t[:,-1:] + A.state_torque(Wd[:,-1:], gend[:,None])], 1)
     t = _suffix(t, cut)
     du = torch.zeros_like(x) if gx is None else _turn(gauge, W, gx, False)
@@ -207,7 +211,8 @@ enum { BLOCK = 32 };  // groups that are worked on together
 // sine and cosine of |x| <= 3.2, to an ulp or two: polynomials on |r| <= pi/4, as in fdlibm
 static inline void sincos_(double x, double& s, double& c) {
   const double big = 6755399441055744.;  // 1.5 * 2^52
-  double k = (x * .6366197723675814 + big) - big, r = (x - k * 1.5707963267341256) - k * 6.077100506506192e-11;
+  double k = (x * .6366197723675814 + big) - big,
+         r = (x - k * 1.5707963267341256) - k * 6.077100506506192e-11;
   double z = r * r, p, q;
   p = -2.50507602534068634195e-08 + z * 1.58969099521155010221e-10;
   p = 2.75573137070700676789e-06 + z * p;
@@ -251,11 +256,16 @@ struct U1 {
     return true;
   }
   template <bool BACK, int P> static void turn(I n, const Rotor& r, const T* x, T* out) {
-    for (int p = 0; p < P; p++)
-      SIDE_BY_SIDE for (I g = 0; g < n; g++) {
+    for (int p = 0; p < P; p++) SIDE_BY_SIDE for (I g = 0; g < n; g++) {
         T c = r[0][g], s = BACK ? -r[1][g] : r[1][g], a = x[2 * P * g + p], b = x[2 * P * g + P + p];
         out[2 * P * g + p] = c * a - s * b;
         out[2 * P * g + P + p] = s * a + c * b;
+      }
+  }
+  template <int P> static void torque(I n, const T* a, const T* b, Torque& t) {  // adds
+    for (int p = 0; p < P; p++) SIDE_BY_SIDE for (I g = 0; g < n; g++) {
+        const I i = 2 * P * g + p, j = i + P;
+        t[0][g] += a[i] * b[j] - a[j] * b[i];
       }
   }
 ''')
@@ -264,13 +274,6 @@ CPP_GAUGE
 # %% ../nbs/02c_gauge.ipynb #1b93e932
 #| echo: false
 CPP_GAUGE += Cpp(r'''
-  template <int P> static void torque(I n, const T* a, const T* b, Torque& t) {  // adds
-    for (int p = 0; p < P; p++)
-      SIDE_BY_SIDE for (I g = 0; g < n; g++) {
-        const I i = 2 * P * g + p, j = i + P;
-        t[0][g] += a[i] * b[j] - a[j] * b[i];
-      }
-  }
   static void torque_of(I n, const Rotor& r, const T* gw, Torque& t) {  // adds
     for (I g = 0; g < n; g++) t[0][g] += r[0][g] * gw[2 * g + 1] - r[1][g] * gw[2 * g];
   }
@@ -304,32 +307,21 @@ struct SO3 {
     for (int k = 0; k < 4; k++) std::fill(w[k], w[k] + BLOCK, k ? 0. : 1.);
   }
   static bool advance(I n, const T* bond, Line& w, Rotor& r) {
-    double least = 1;
+    double q[4][BLOCK], length[BLOCK], least = 1;
+    SIDE_BY_SIDE for (I g = 0; g < n; g++) for (int k = 0; k < 4; k++) q[k][g] = bond[4 * g + k];
     SIDE_BY_SIDE for (I g = 0; g < n; g++) {
-      const T* q = bond + 4 * g;
-      double q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3], w0 = w[0][g], w1 = w[1][g], w2 = w[2][g], w3 = w[3][g];
+      double q0 = q[0][g], q1 = q[1][g], q2 = q[2][g], q3 = q[3][g];
+      double w0 = w[0][g], w1 = w[1][g], w2 = w[2][g], w3 = w[3][g];
       double a = q0 * w0 - q1 * w1 - q2 * w2 - q3 * w3, b = q0 * w1 + q1 * w0 + q2 * w3 - q3 * w2;
       double c = q0 * w2 - q1 * w3 + q2 * w0 + q3 * w1, d = q0 * w3 + q1 * w2 - q2 * w1 + q3 * w0;
       double f = a * a + b * b + c * c + d * d;
-      w[3][g] = f;
+      length[g] = f;
       f = 1 / std::sqrt(f);
-      r[0][g] = (T)(w[0][g] = a * f);
-      r[1][g] = (T)(w[1][g] = b * f);
-      r[2][g] = (T)(w[2][g] = c * f);
-      least = w[3][g] < least ? w[3][g] : least;
-      r[3][g] = (T)(w[3][g] = d * f);
+      w[0][g] = a * f, w[1][g] = b * f, w[2][g] = c * f, w[3][g] = d * f;
     }
+    for (int k = 0; k < 4; k++) SIDE_BY_SIDE for (I g = 0; g < n; g++) r[k][g] = (T)w[k][g];
+    for (I g = 0; g < n; g++) least = length[g] < least ? length[g] : least;
     return least > 0;
-  }
-  static bool enter(I n, const double* s, Line& w) {
-    for (I g = 0; g < n; g++) {
-      double f = 0;
-      for (int k = 0; k < 4; k++) f += s[4 * g + k] * s[4 * g + k];
-      if (f == 0) return false;
-      f = std::fabs(f - 1) < 1e-14 ? 1 : 1 / std::sqrt(f);  // the kernel's own states come back as they were
-      for (int k = 0; k < 4; k++) w[k][g] = s[4 * g + k] * f;
-    }
-    return true;
   }
 ''')
 CPP_GAUGE
@@ -337,10 +329,21 @@ CPP_GAUGE
 # %% ../nbs/02c_gauge.ipynb #5f0c3ef6
 #| echo: false
 CPP_GAUGE += Cpp(r'''
+  static bool enter(I n, const double* s, Line& w) {
+    for (I g = 0; g < n; g++) {
+      double f = 0;
+      for (int k = 0; k < 4; k++) f += s[4 * g + k] * s[4 * g + k];
+      if (f == 0) return false;
+      f = std::fabs(f - 1) < 1e-14 ? 1
+                                   : 1 / std::sqrt(f);  // the kernel's own states come back as they were
+      for (int k = 0; k < 4; k++) w[k][g] = s[4 * g + k] * f;
+    }
+    return true;
+  }
   template <bool BACK, int P> static void turn(I n, const Rotor& r, const T* x, T* out) {
-    for (int p = 0; p < P; p++)
-      SIDE_BY_SIDE for (I g = 0; g < n; g++) {
-        const T *v = x + 4 * P * g + p, w = 2 * (BACK ? -r[0][g] : r[0][g]), a = r[1][g], b = r[2][g], c = r[3][g];
+    for (int p = 0; p < P; p++) SIDE_BY_SIDE for (I g = 0; g < n; g++) {
+        const T *v = x + 4 * P * g + p, w = 2 * (BACK ? -r[0][g] : r[0][g]), a = r[1][g], b = r[2][g],
+                c = r[3][g];
         T i = v[P], j = v[2 * P], k = v[3 * P], l = b * k - c * j, m = c * i - a * k, o = a * j - b * i;
         T* q = out + 4 * P * g + p;
         q[0] = v[0];
@@ -350,14 +353,19 @@ CPP_GAUGE += Cpp(r'''
       }
   }
   template <int P> static void torque(I n, const T* x, const T* y, Torque& t) {
-    for (int p = 0; p < P; p++)
-      SIDE_BY_SIDE for (I g = 0; g < n; g++) {
+    for (int p = 0; p < P; p++) SIDE_BY_SIDE for (I g = 0; g < n; g++) {
         const T *a = x + 4 * P * g + p, *b = y + 4 * P * g + p;
         t[0][g] += a[2 * P] * b[3 * P] - a[3 * P] * b[2 * P];
         t[1][g] += a[3 * P] * b[P] - a[P] * b[3 * P];
         t[2][g] += a[P] * b[2 * P] - a[2 * P] * b[P];
       }
   }
+''')
+CPP_GAUGE
+
+# %% ../nbs/02c_gauge.ipynb #c47d4ca3
+#| echo: false
+CPP_GAUGE += Cpp(r'''
   // 1/2 Im(conj(r) gw)
   static void torque_of(I n, const Rotor& r, const T* gw, Torque& t) {
     SIDE_BY_SIDE for (I g = 0; g < n; g++) {
@@ -368,13 +376,8 @@ CPP_GAUGE += Cpp(r'''
       t[2][g] += T(.5) * (a * z - b * y + c * x - d * w);
     }
   }
-''')
-CPP_GAUGE
-
-# %% ../nbs/02c_gauge.ipynb #c47d4ca3
-#| echo: false
-CPP_GAUGE += Cpp(r'''
-  template <class O> static void times(double w, double a, double b, double c, double t, double u, double v, double f, O* out) {
+  template <class O> static void times(double w, double a, double b, double c, double t, double u, double v,
+                                       double f, O* out) {
     out[0] = -f * (a * t + b * u + c * v);  // f q (0, t)
     out[1] = f * (w * t + b * v - c * u);
     out[2] = f * (w * u + c * t - a * v);
@@ -384,12 +387,20 @@ CPP_GAUGE += Cpp(r'''
     SIDE_BY_SIDE for (I g = 0; g < n; g++)
         times(r[0][g], r[1][g], r[2][g], r[3][g], t[0][g], t[1][g], t[2][g], 2, gw + 4 * g);
   }
+''')
+CPP_GAUGE
+
+# %% ../nbs/02c_gauge.ipynb #b557a1ad
+#| echo: false
+CPP_GAUGE += Cpp(r'''
   static void bond_grad(I n, const T* bond, const Rotor& r, const Torque& t, T* out) {
     SIDE_BY_SIDE for (I g = 0; g < n; g++) {
       const T* q = bond + 4 * g;
-      T w = 2 * r[0][g], a = r[1][g], b = r[2][g], c = r[3][g], i = (T)t[0][g], j = (T)t[1][g], k = (T)t[2][g];
+      T w = 2 * r[0][g], a = r[1][g], b = r[2][g], c = r[3][g], i = (T)t[0][g], j = (T)t[1][g],
+        k = (T)t[2][g];
       T l = b * k - c * j, m = c * i - a * k, o = a * j - b * i;
-      T x = i + w * l + 2 * (b * o - c * m), y = j + w * m + 2 * (c * l - a * o), z = k + w * o + 2 * (a * m - b * l);
+      T x = i + w * l + 2 * (b * o - c * m), y = j + w * m + 2 * (c * l - a * o),
+        z = k + w * o + 2 * (a * m - b * l);
       T q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3], f = 2 / (q0 * q0 + q1 * q1 + q2 * q2 + q3 * q3);
       T* d = out + 4 * g;  // f (0, x, y, z) q
       d[0] = (T)(-f * (x * q1 + y * q2 + z * q3));
@@ -398,12 +409,6 @@ CPP_GAUGE += Cpp(r'''
       d[3] = (T)(f * (z * q0 + x * q2 - y * q1));
     }
   }
-''')
-CPP_GAUGE
-
-# %% ../nbs/02c_gauge.ipynb #b557a1ad
-#| echo: false
-CPP_GAUGE += Cpp(r'''
   static void state_torque(I n, const Rotor& r, const double* ge, Torque& t) {
     for (I g = 0; g < n; g++) {
       double a = r[0][g], b = r[1][g], c = r[2][g], d = r[3][g];
@@ -421,6 +426,12 @@ CPP_GAUGE += Cpp(r'''
     }
   }
 };
+''')
+CPP_GAUGE
+
+# %% ../nbs/02c_gauge.ipynb #669a036c
+#| echo: false
+CPP_GAUGE += Cpp(r'''
 // memory (n, R) <-> rotors
 template <class K> static void load(I n, const T* p, typename K::Rotor& r) {
   SIDE_BY_SIDE for (I g = 0; g < n; g++) for (int k = 0; k < K::R; k++) r[k][g] = p[K::R * g + k];
@@ -439,9 +450,9 @@ struct In {  // the arguments of the way in, forth and back
   const T* bonds;  // (B, N, G, S)
   const uint8_t* cut;
   const double* state;
-  const T* v;      // u, or the gradient of x
+  const T* v;  // u, or the gradient of x
   I vb, vn, rows;
-  T *x, *W;        // (B, N, K G M), (B, N, G, R)
+  T *x, *W;  // (B, N, K G M), (B, N, G, R)
   double* end;
   const T* gw;
   const double* gend;
@@ -453,13 +464,20 @@ template <class K, class F> static int each(const In& a, const F& body) {  // bl
   const I size = std::min<I>(BLOCK, (a.G + fill - 1) / fill);
   const I blocks = (a.G + size - 1) / size;
   int bad = 0;
-#pragma omp parallel for num_threads((int)std::min<I>(a.threads, std::max<I>(a.B * blocks, 1))) reduction(| : bad)
+#pragma omp parallel for num_threads((int)std::min<I>(a.threads, std::max<I>(a.B * blocks, 1))) \
+    reduction(| : bad)
   for (I i = 0; i < a.B * blocks; i++) {
     const I b = i / blocks, g = i % blocks * size;
     bad |= body(b, g, std::min<I>(size, a.G - g)) ? 0 : 1;
   }
   return bad;
 }
+''')
+CPP_GAUGE_OPS
+
+# %% ../nbs/02c_gauge.ipynb #be707a22
+#| echo: false
+CPP_GAUGE_OPS += Cpp(r'''
 template <class K> static int gauge_in(const In& a) {
   return each<K>(a, [&](I b, I g, I n) {
     typename K::Line w;
@@ -554,6 +572,12 @@ template <class K> static int run(const I* a, int what) {
 static int enter(const I* a, int what) {
   return guarded([&] { return *a ? run<SO3>(a + 1, what) : run<U1>(a + 1, what); });
 }
+''')
+CPP_GAUGE_OPS
+
+# %% ../nbs/02c_gauge.ipynb #5a558e4e
+#| echo: false
+CPP_GAUGE_OPS += Cpp(r'''
 extern "C" int bk_gauge_in(const I* a) { return enter(a, 0); }
 extern "C" int bk_gauge_in_backward(const I* a) { return enter(a, 1); }
 extern "C" int bk_gauge_out(const I* a) { return enter(a, 2); }
@@ -561,7 +585,7 @@ extern "C" int bk_gauge_out_backward(const I* a) { return enter(a, 3); }
 ''')
 CPP_GAUGE_OPS
 
-# %% ../nbs/02c_gauge.ipynb #5a558e4e
+# %% ../nbs/02c_gauge.ipynb #a873671b
 OPS = op_namespace(__name__)
 _KINDS = {g.name: g for g in (U1, SO3)}
 GAUGE = {t: CppLibrary(f'bk_gauge_{n}', Cpp(f'#define REAL {c}\n') + CPP_GUARD + CPP_GAUGE + CPP_GAUGE_OPS)
@@ -573,25 +597,29 @@ def _cpp(backend, x): # whether the kernel runs
     lib = GAUGE.get(x.dtype) if x.device.type == 'cpu' and backend != 'reference' else None
     loads = lib is not None and lib.load() is not None
     if backend == 'cpp' and not loads:
-        raise ValueError(f"backend 'cpp' cannot take a {x.dtype} tensor on {x.device}, or it could not be built")
+        raise ValueError(f"backend 'cpp' cannot take a {x.dtype} tensor on {x.device}, "
+                         'or its kernels could not be built')
     return loads
 
 def _no_length(): raise ValueError('a quaternion of length 0 is no rotation')
 
-def _call_in(name, gauge, bonds, cut, state, v, x, W, end=None, gW=None, gend=None, du=None, dbonds=None, dstate=None):
+def _call_in(name, gauge, bonds, cut, state, v, x, W, end=None, gW=None, gend=None, du=None, dbonds=None,
+             dstate=None):
     B, N, G = bonds.shape[:3]
     C, dt, S = x.shape[2], W.dtype, (B, G, *gauge.bond)
     c = Call().ints(gauge is SO3, B, N, G, C//(G*gauge.size), torch.get_num_threads())
     c.dense('bonds', bonds, dt, (B, N, G, *gauge.bond)).dense('cut', cut, torch.bool, (B, N))
     c.dense('state', state, torch.float64, S).rows('values', v, dt, (B, N, C))
-    c.dense('x', x, dt, (B, N, C)).dense('W', W, dt, (B, N, G, gauge.rotor)).dense('end', end, torch.float64, S)
+    c.dense('x', x, dt, (B, N, C)).dense('W', W, dt, (B, N, G, gauge.rotor))
+    c.dense('end', end, torch.float64, S)
     c.dense('gW', gW, dt, W.shape).dense('gend', gend, torch.float64, S).dense('du', du, dt, x.shape)
     c.dense('dbonds', dbonds, dt, bonds.shape).dense('dstate', dstate, torch.float64, S)
     if c.enter(GAUGE[dt], name): _no_length()
 
 # %% ../nbs/02c_gauge.ipynb #d15b52d5
 @torch.library.custom_op(f'{OPS}::gauge_in', mutates_args=())
-def gauge_in_op(kind:str, bonds:Tensor, u:Tensor, cut:OptT, state:OptT, backend:str) -> Tuple[Tensor, Tensor, Tensor]:
+def gauge_in_op(kind:str, bonds:Tensor, u:Tensor, cut:OptT, state:OptT,
+                backend:str) -> Tuple[Tensor, Tensor, Tensor]:
     "Values in the frame of the Wilson line, its rotors, and the state after the last token."
     gauge = _KINDS[kind]
     if not _cpp(backend, u):
@@ -619,7 +647,8 @@ def gauge_in_backward_op(kind:str, gx:Tensor, gW:OptT, gend:OptT, x:Tensor, W:Te
         return tuple(t.clone() for t in _in_backward_ref(gauge, gx, gW, gend, x, W, bonds, cut, state))
     bonds, cut, state, x, W, gW, gend = map(_dense, (bonds, cut, state, x, W, gW, gend))
     du, dbonds, dstate = (torch.empty_like(t) for t in (x, bonds, state))
-    _call_in('bk_gauge_in_backward', gauge, bonds, cut, state, _lanes(gx), x, W, None, gW, gend, du, dbonds, dstate)
+    _call_in('bk_gauge_in_backward', gauge, bonds, cut, state, _lanes(gx), x, W, None, gW, gend,
+             du, dbonds, dstate)
     return du, dbonds, dstate
 
 # %% ../nbs/02c_gauge.ipynb #44a11203
@@ -646,7 +675,7 @@ torch.library.register_autograd(gauge_in_op, _in_autograd, setup_context=_in_set
 # %% ../nbs/02c_gauge.ipynb #c649c680
 def _call_out(name, gauge, W, y, o=None, g=None, dy=None, dW=None):
     (B,N,G,_), dt, shape = W.shape, W.dtype, y.shape
-    c = Call().ints(gauge is SO3, B*N, G*(shape[2]//(G*gauge.size)), 1 + y.is_complex(), torch.get_num_threads())
+    c = Call().ints(gauge is SO3, B*N, G, 1 + y.is_complex(), torch.get_num_threads())
     c.dense('W', W, dt, W.shape)
     for n,t in (('y', y), ('o', o), ('g', g), ('dy', dy)): c.dense(n, t, y.dtype, shape)
     c.dense('dW', dW, dt, W.shape).enter(GAUGE[dt], name)
@@ -706,16 +735,20 @@ def _check_in(gauge, bonds, u, cut, state):
     ndim = 3 + len(gauge.bond)
     if not _real(bonds) or bonds.ndim != ndim or bonds.shape[:2] != (B, N) or bonds.shape[3:] != gauge.bond:
         _refuse('bonds', f'real {(B, N, "G", *gauge.bond)}, as u is {(B, N, C)}', bonds)
-    if bonds.dtype != u.dtype or bonds.device != u.device: _refuse('bonds', f'{u.dtype} on {u.device}, as u', bonds)
+    if bonds.dtype != u.dtype or bonds.device != u.device:
+        _refuse('bonds', f'{u.dtype} on {u.device}, as u', bonds)
     G = bonds.shape[2]
     if not G or not C or C % (G*gauge.size):
-        raise ValueError(f'u: want a multiple of {gauge.size} channels for each of {G} groups; got {C} channels')
+        raise ValueError(f'u: want a multiple of {gauge.size} channels for each of {G} groups; '
+                         f'got {C} channels')
     if cut is not None and not (isinstance(cut, Tensor) and cut.dtype == torch.bool and cut.shape == (B, N)
-                                and cut.device == u.device): _refuse('cut', f'bool {(B, N)} on {u.device}', cut)
+                                and cut.device == u.device):
+        _refuse('cut', f'bool {(B, N)} on {u.device}', cut)
     shape = (B, G, *gauge.bond)
     if state is not None and not (_real(state) and state.shape == shape and state.device == u.device):
         _refuse('state', f'real {shape} on {u.device}', state)
 
+# %% ../nbs/02c_gauge.ipynb #cade7501
 def to_frame(
     gauge,             # `U1` or `SO3`
     bonds:Tensor,      # (B, N, G) angles in radians, or (B, N, G, 4) quaternions of any length but 0
@@ -739,13 +772,16 @@ def from_frame(
     backend:str=None, # 'reference' or 'cpp'; None = the best that loads
 )->Tensor:            # (B, N, K·G·m), W y
     "Values turned back from the frame of the Wilson line. `ValueError` for what does not fit."
-    if not _real(W) or W.ndim != 4 or W.shape[3] != gauge.rotor or W.dtype not in (torch.float32, torch.float64):
+    known = torch.float32, torch.float64
+    if not _real(W) or W.ndim != 4 or W.shape[3] != gauge.rotor or W.dtype not in known:
         _refuse('W', f'float32 or float64 (B, N, G, {gauge.rotor})', W)
     G, types = W.shape[2], (W.dtype, W.dtype.to_complex())
-    if not isinstance(y, Tensor) or y.ndim != 3 or y.shape[:2] != W.shape[:2] or y.device != W.device or y.dtype not in types:
+    if (not isinstance(y, Tensor) or y.ndim != 3 or y.shape[:2] != W.shape[:2] or y.device != W.device
+        or y.dtype not in types):
         _refuse('y', f'{W.dtype} or complex {(*W.shape[:2], "C")} on {W.device}', y)
     if not G or not y.shape[2] or y.shape[2] % (G*gauge.size):
-        raise ValueError(f'y: want a multiple of {gauge.size} channels for each of {G} groups; got {y.shape[2]} channels')
+        raise ValueError(f'y: want a multiple of {gauge.size} channels for each of {G} groups; '
+                         f'got {y.shape[2]} channels')
     if _watched(): return _out_ref(gauge, W, y)
     return gauge_out_op(gauge.name, W, y, backend or '')
 
@@ -828,7 +864,8 @@ class GaugeAttention(BKAttention):
         super().__init__(*args, gauge=gauge, **kwargs)
         self.gauge, d = find_gauge(gauge), self.d_model//self.n_heads
         if d % self.gauge.size:
-            raise ValueError(f'gauge {gauge!r} wants heads of a multiple of {self.gauge.size} channels; got {d}')
+            raise ValueError(f'gauge {gauge!r} wants heads of a multiple of {self.gauge.size} channels; '
+                             f'got {d}')
         self.groups = self.d_model//self.gauge.size
         self.bonds = BondProjection(self.gauge, self.d_model, self.groups)
 
@@ -879,7 +916,8 @@ template <int W> struct Four;  // permutations inside fours
 FOUR(2, LIST(0, 0), LIST(0, 0))
 FOUR(4, LIST(0, 0, 1, 1), LIST(0, 0, 0, 0))
 FOUR(8, LIST(0, 0, 1, 1, 2, 2, 3, 3), LIST(0, 0, 0, 0, 1, 1, 1, 1))
-FOUR(16, LIST(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), LIST(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))
+FOUR(16, LIST(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+     LIST(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3))
 typedef Four<W> P4;
 static inline V mask(T a, T b, T c, T d) {
   const T x[4] = {a, b, c, d};
@@ -887,6 +925,12 @@ static inline V mask(T a, T b, T c, T d) {
   for (int i = 0; i < W; i++) r[i] = x[i % 4];
   return r;
 }
+''')
+CPP_GAUGE_LANES
+
+# %% ../nbs/02c_gauge.ipynb #2ebfa977
+#| echo: false
+CPP_GAUGE_LANES += Cpp(r'''
 template <class K> struct Turn;
 template <> struct Turn<U1> {  // a rotor's lanes: c s, c s, ...
   V c, s;
@@ -898,12 +942,6 @@ template <> struct Turn<U1> {  // a rotor's lanes: c s, c s, ...
     for (I g = 0; g < n; g++) t[0][g] += q[2 * g] - q[2 * g + 1];
   }
 };
-''')
-CPP_GAUGE_LANES
-
-# %% ../nbs/02c_gauge.ipynb #2ebfa977
-#| echo: false
-CPP_GAUGE_LANES += Cpp(r'''
 template <> struct Turn<SO3> {  // w a b c, w a b c, ...
   V w, p, q;
   Turn(V r) : w(2 * P4::first(r)), p(P4::left(r) * mask(0, 1, 1, 1)), q(P4::right(r) * mask(0, 1, 1, 1)) {}
@@ -922,6 +960,12 @@ template <> struct Turn<SO3> {  // w a b c, w a b c, ...
       for (int k = 0; k < 3; k++) t[k][g] += q[4 * g + 1 + k];
   }
 };
+''')
+CPP_GAUGE_LANES
+
+# %% ../nbs/02c_gauge.ipynb #12beb98b
+#| echo: false
+CPP_GAUGE_LANES += Cpp(r'''
 // real and imaginary parts of n channels, which lie interleaved
 static inline void ld2(const T* p, int n, V& a, V& b) {
   if (n == W) {
@@ -942,10 +986,11 @@ static inline void st2(T* p, int n, V a, V b) {
 ''')
 CPP_GAUGE_LANES
 
-# %% ../nbs/02c_gauge.ipynb #12beb98b
+# %% ../nbs/02c_gauge.ipynb #3671f66d
 #| echo: false
 CPP_GAUGE_LAYER = CPP_GAUGE_LANES + Cpp(r'''
-// Everything between the projections. h: columns u (C) | w (G) | v (G), those there are | gate (C) | bonds (G S)
+// Everything between the projections. h: columns u (C) | w (G) | v (G), those there are | gate (C) | bonds
+// (G S)
 struct WholeArgs {
   I kind, B, N, C, F, feat, act, threads, has_w, has_v;
   const double *v_max, *eps;
@@ -959,6 +1004,12 @@ struct WholeArgs {
   const T* dout;
   T *dh, *grads;  // grads: taps, bias, scale, E, eta, wt
 };
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #a81d5b53
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
 enum { PART = 32, FAR = 8 << 20 };  // tokens that the way back computes anew together; bytes
 template <class K> struct Whole : WholeArgs {
   enum { M = K::M, S = K::S };
@@ -967,7 +1018,9 @@ template <class K> struct Whole : WholeArgs {
   typedef typename K::Torque Torque;
   I G, P, Cp, Gp, blocks;  // Cp, Gp: whole vectors
   bool past, past_h;       // results that no cache holds go to memory without being fetched first
-  struct Row { T *x, *R, *gr, *gi, *yr, *yi, *pre, *sg, *sw, *th; };
+  struct Row {
+    T *x, *R, *gr, *gi, *yr, *yi, *pre, *sg, *sw, *th;
+  };
   struct Mine {  // of a thread
     std::vector<T> room;
     std::vector<int> age;
@@ -980,25 +1033,33 @@ template <class K> struct Whole : WholeArgs {
   };
   std::vector<Mine> mine;
   I sums() const { return CW * P + 3 * G + C + feat * C; }
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #e8715510
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
-  Whole(const WholeArgs& a) : WholeArgs(a), G(a.C / M), P(a.C + (a.has_w + a.has_v) * (a.C / M)), Cp((a.C + W - 1) / W * W + W),
-      Gp((a.C / M + W - 1) / W * W + W), blocks((a.C / M + BLOCK - 1) / BLOCK), mine(a.threads) {
+  Whole(const WholeArgs& a)
+      : WholeArgs(a),
+        G(a.C / M),
+        P(a.C + (a.has_w + a.has_v) * (a.C / M)),
+        Cp((a.C + W - 1) / W * W + W),
+        Gp((a.C / M + W - 1) / W * W + W),
+        blocks((a.C / M + BLOCK - 1) / BLOCK),
+        mine(a.threads) {
     past = B * N * feat * C * (I)sizeof(T) > FAR, past_h = B * N * F * (I)sizeof(T) > FAR;
     const I step = P + 2 * W, row = 6 * Cp + 4 * Gp, n = dout ? (I)PART + 1 : 1;
     for (Mine& m : mine) {
-      m.room.assign(n * row + (1 + CW) * step + 4 * Gp + 7 * Cp + 2 * (Cp + Gp) * 2 + sums() + 2 * Gp + 4 * W, 0);
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #890a4dac
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
+      m.room.assign(
+          n * row + (1 + CW) * step + 4 * Gp + 7 * Cp + 2 * (Cp + Gp) * 2 + sums() + 2 * Gp + 4 * W, 0);
       m.sum.assign(sums(), 0), m.age.resize(N);
       m.line.reset(new Line[blocks]), m.torque.reset(new Torque[blocks]);
       T* p = m.room.data();
       auto take = [&](I k) { return p += k, p - k; };
       for (I i = 0; i < n; i++) {
         Row& r = i < n - 1 ? m.rows[i] : m.now;
-        r = {take(Cp), take(Cp), take(Gp), take(Gp), take(Cp), take(Cp), take(Cp), take(Cp), take(Gp), take(Gp)};
+        r = {take(Cp), take(Cp), take(Gp), take(Gp), take(Cp),
+             take(Cp), take(Cp), take(Cp), take(Gp), take(Gp)};
       }
       m.zero = take(step), m.ring = take(CW * step), m.base = take(Gp), m.eta = take(Gp), m.w = take(Gp);
       m.v = take(Gp), m.tq = take(Cp), m.ur = take(Cp), m.ui = take(Cp), m.dw = take(Gp), m.dv = take(Gp);
@@ -1017,17 +1078,18 @@ CPP_GAUGE_LAYER += Cpp(r'''
     V x = from<T>(p + c / M);
     return M == 4 ? P4::fourfold(x) : P4::twice(x);
   }
-''')
-CPP_GAUGE_LAYER
-
-# %% ../nbs/02c_gauge.ipynb #3671f66d
-#| echo: false
-CPP_GAUGE_LAYER += Cpp(r'''
   template <int Q> void conv(const T* const* r, I c, int n, V* out) const {
     for (int e = 0; e < Q; e++) out[e] = Me::ld(r[0] + c + e * W, n) * Me::ld(taps + c + e * W, n);
     for (int j = 1; j < CW; j++)
-      for (int e = 0; e < Q; e++) out[e] += Me::ld(r[j] + c + e * W, n) * Me::ld(taps + j * P + c + e * W, n);
+      for (int e = 0; e < Q; e++)
+        out[e] += Me::ld(r[j] + c + e * W, n) * Me::ld(taps + j * P + c + e * W, n);
   }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #7ad20dc0
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
   template <class F_> static void over(I n, const F_& f) {  // f(how many vectors, c, lanes of one)
     I c = 0;
     for (; c + 4 * W <= n; c += 4 * W) f(std::integral_constant<int, 4>(), c, (int)W);
@@ -1065,7 +1127,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
 ''')
 CPP_GAUGE_LAYER
 
-# %% ../nbs/02c_gauge.ipynb #a81d5b53
+# %% ../nbs/02c_gauge.ipynb #a450bdee
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
   template <bool KEEP> void values(const T* const* r, const Row& o) const {  // into the frame
@@ -1084,8 +1146,15 @@ CPP_GAUGE_LAYER += Cpp(r'''
       }
     });
   }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #898f34c1
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
   template <bool KEEP> void potentials(Mine& m, const T* const* r, const Row& o) const {
-    if (has_w) over(G, [&](auto k, I c, int n) {
+    if (has_w)
+      over(G, [&](auto k, I c, int n) {
         V a[k.value], slope[k.value];
         conv<k.value>(r, C + c, n, a);
         for (int e = 0; e < k.value; e++) a[e] = a[e] + Me::ld(bias + c + e * W, n);
@@ -1095,7 +1164,8 @@ CPP_GAUGE_LAYER += Cpp(r'''
           if (KEEP) to<T>(o.sw + c + e * W, slope[e]);
         }
       });
-    if (has_v) over(G, [&](auto k, I c, int n) {
+    if (has_v)
+      over(G, [&](auto k, I c, int n) {
         V a[k.value];
         conv<k.value>(r, P - G + c, n, a);
         for (int e = 0; e < k.value; e++) a[e] = 2 * a[e];
@@ -1151,7 +1221,8 @@ CPP_GAUGE_LAYER += Cpp(r'''
     V ss = {};
     for (I c = 0; c < C; c += W) {
       V a = from<T>(o.yr + c), b = from<T>(o.yi + c);
-      if (c + W > C) for (int i = (int)(C - c); i < W; i++) a[i] = b[i] = 0;
+      if (c + W > C)
+        for (int i = (int)(C - c); i < W; i++) a[i] = b[i] = 0;
       ss += feat == 2 ? a * a + b * b : a * a;
     }
     const T r = T(1) / std::sqrt(hsum<T>(ss) / (feat * C) + T(*eps));
@@ -1180,31 +1251,39 @@ CPP_GAUGE_LAYER += Cpp(r'''
       }
     });
   }
-  I parts() const { return (N + PART - 1) / PART; }
-  void start(Mine& m) const {
-    for (I i = 0; i < blocks; i++) K::reset(m.line[i]);
-    std::fill(m.y, m.y + 2 * Cp, T(0)), std::fill(m.g, m.g + 2 * Gp, T(0));
-  }
 ''')
 CPP_GAUGE_LAYER
 
 # %% ../nbs/02c_gauge.ipynb #cee29e06
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
+  I parts() const { return (N + PART - 1) / PART; }
+  void start(Mine& m) const {
+    for (I i = 0; i < blocks; i++) K::reset(m.line[i]);
+    std::fill(m.y, m.y + 2 * Cp, T(0)), std::fill(m.g, m.g + 2 * Gp, T(0));
+  }
   void save(const Mine& m, I b, I part) const {
     double* l = lines + (b * parts() + part) * G * S;
-    for (I g = 0; g < G; g++) for (int k = 0; k < S; k++) l[g * S + k] = m.line[g / BLOCK][k][g % BLOCK];
+    for (I g = 0; g < G; g++)
+      for (int k = 0; k < S; k++) l[g * S + k] = m.line[g / BLOCK][k][g % BLOCK];
     T* q = kept + (b * parts() + part) * 2 * (G + C);
     std::copy(m.g, m.g + G, q), std::copy(m.g + Gp, m.g + Gp + G, q + G);
     std::copy(m.y, m.y + C, q + 2 * G), std::copy(m.y + Cp, m.y + Cp + C, q + 2 * G + C);
   }
   void load_(Mine& m, I b, I part) const {
     const double* l = lines + (b * parts() + part) * G * S;
-    for (I g = 0; g < G; g++) for (int k = 0; k < S; k++) m.line[g / BLOCK][k][g % BLOCK] = l[g * S + k];
+    for (I g = 0; g < G; g++)
+      for (int k = 0; k < S; k++) m.line[g / BLOCK][k][g % BLOCK] = l[g * S + k];
     const T* q = kept + (b * parts() + part) * 2 * (G + C);
     std::copy(q, q + G, m.g), std::copy(q + G, q + 2 * G, m.g + Gp);
     std::copy(q + 2 * G, q + 2 * G + C, m.y), std::copy(q + 2 * G + C, q + 2 * G + 2 * C, m.y + Cp);
   }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #a4fcad43
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
   int forward() {
     int bad = 0;
 #pragma omp parallel for num_threads((int)threads) reduction(| : bad)
@@ -1224,7 +1303,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
 ''')
 CPP_GAUGE_LAYER
 
-# %% ../nbs/02c_gauge.ipynb #a4fcad43
+# %% ../nbs/02c_gauge.ipynb #01ba2b1e
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
   // One token back. From the gradient of the result to those of mixed values and gate; torques
@@ -1249,7 +1328,8 @@ CPP_GAUGE_LAYER += Cpp(r'''
       for (int e = 0; e < k.value; e++) {
         const I i = c + e * W;
         Turn<K> turn(from<T>(o.R + i));
-        V re = from<T>(o.yr + i), im = from<T>(o.yi + i), silu = z[e] * sg[e], dz = {}, d0, d1, w0, w1, s0, s1;
+        V re = from<T>(o.yr + i), im = from<T>(o.yi + i), silu = z[e] * sg[e], dz = {}, d0, d1, w0, w1, s0,
+          s1;
         weights(d, i, n, d0, d1), weights(wt, i, n, w0, w1), weights(aw, i, n, s0, s1);
         V g0 = turn.in(norm_gate_back(d0, turn.out(re), w0, silu, r, mean, s0, dz)), g1 = {};
         if (feat == 2) {
@@ -1260,21 +1340,22 @@ CPP_GAUGE_LAYER += Cpp(r'''
         to<T>(m.ur + i, g0), to<T>(m.ui + i, g1);
         to<T>(m.tq + i, Turn<K>::torque(re, g0) + Turn<K>::torque(im, g1));
       }
-    });
-  }
 ''')
 CPP_GAUGE_LAYER
 
-# %% ../nbs/02c_gauge.ipynb #01ba2b1e
+# %% ../nbs/02c_gauge.ipynb #e331c1d6
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
+    });
+  }
   // through mixing and pivots; bond: to the token after. Leaves the values' gradient in ur
   void chain_back(Mine& m, const Row& o, T bond_) const {
     const V bond = V{} + bond_;
     T *qr = m.dw, *qi = m.dv, *aE = m.acc + CW * P + G + C, *aeta = aE + G;
     for (I c = 0; c < C; c += W) {
       Z gc = {spread(o.gr, c), -spread(o.gi, c)}, yc = {from<T>(o.yr + c), -from<T>(o.yi + c)};
-      Z p = mix_adjoint(gc, Z{from<T>(m.ur + c), from<T>(m.ui + c)}, Z{from<T>(m.P + c), from<T>(m.P + Cp + c)}, bond);
+      Z p = mix_adjoint(gc, Z{from<T>(m.ur + c), from<T>(m.ui + c)},
+                        Z{from<T>(m.P + c), from<T>(m.P + Cp + c)}, bond);
       to<T>(m.P + c, p.re), to<T>(m.P + Cp + c, p.im);
       yc = yc * p;
       to<T>(m.ur + c, yc.re), to<T>(m.ui + c, yc.im);
@@ -1288,6 +1369,12 @@ CPP_GAUGE_LAYER += Cpp(r'''
       Me::st(aE + c, Me::ld(aE + c, n) - l.re, n), Me::st(aeta + c, Me::ld(aeta + c, n) - l.im, n);
     }
   }
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #d17efbf8
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
   // from the frame and the activations to what the convolution gave: d
   void values_back(Mine& m, const Row& o, T* d) const {
     T *abias = m.acc + CW * P, *ascale = abias + G;
@@ -1385,16 +1472,16 @@ CPP_GAUGE_LAYER += Cpp(r'''
       double z = 0;
       for (Mine& m : mine) z += m.sum[i];
       grads[i] = (T)z;
-    }
-    return 0;
-  }
-};
 ''')
 CPP_GAUGE_LAYER
 
 # %% ../nbs/02c_gauge.ipynb #accc2140
 #| echo: false
 CPP_GAUGE_LAYER += Cpp(r'''
+    }
+    return 0;
+  }
+};
 template <class K> static int whole(const WholeArgs& a, bool back) {
   Whole<K> w(a);
   return back ? w.backward() : w.forward();
@@ -1413,7 +1500,8 @@ extern "C" int bk_lanes(const I*) { return W; }
 CPP_GAUGE_LAYER
 
 # %% ../nbs/02c_gauge.ipynb #6ba94e37
-GAUGE_LAYER = {t: CppLibrary(f'bk_gauge_layer_{n}', Cpp(f'#define REAL {c}\n') + _TOOLS + CPP_GAUGE + CPP_GAUGE_LAYER)
+_SOURCE = _TOOLS + CPP_GAUGE + CPP_GAUGE_LAYER
+GAUGE_LAYER = {t: CppLibrary(f'bk_gauge_layer_{n}', Cpp(f'#define REAL {c}\n') + _SOURCE)
                for t,n,c in ((torch.float32, 'f32', 'float'), (torch.float64, 'f64', 'double'))}
 
 _PART = 32 # as in C++
@@ -1422,17 +1510,20 @@ def _whole(name, gauge, h, cut, ps, nums, out, rinv, lines, kept, dout=None, dh=
     (B,N,F_), C, dt, parts = h.shape, len(scale), h.dtype, (h.shape[1] + _PART - 1)//_PART
     G = C//gauge.size
     P = C + (has_w + has_v)*G
-    if F_ != P + C + G*math.prod(gauge.bond): raise ValueError(f'h: {F_} columns do not fit {gauge.name} of {C} channels')
-    c = Call().ints(gauge is SO3, B, N, C, F_, features, act, torch.get_num_threads(), has_w, has_v).floats(v_max, eps)
+    S = G*math.prod(gauge.bond)
+    if F_ != P + C + S: raise ValueError(f'h: want {P + C + S} columns; got {F_}')
+    c = Call().ints(gauge is SO3, B, N, C, F_, features, act, torch.get_num_threads(), has_w, has_v)
+    c.floats(v_max, eps)
     c.rows('h', h, dt, (B, N, F_)).dense('cut', cut, torch.bool, (B, N)).dense('taps', taps, dt, (4, P))
     for n,t in dict(bias=bias, E=E, eta=eta).items(): c.dense(n, t, dt, (G,))
     c.dense('scale', scale, dt, (C,)).dense('weight', weight, dt, (features*C,))
     c.dense('out', out, dt, (B, N, features*C)).dense('rinv', rinv, dt, (B, N))
-    c.dense('lines', lines, torch.float64, (B, parts, G*math.prod(gauge.bond))).dense('kept', kept, dt, (B, parts, 2*(G + C)))
+    c.dense('lines', lines, torch.float64, (B, parts, S)).dense('kept', kept, dt, (B, parts, 2*(G + C)))
     c.dense('dout', dout, dt, out.shape).dense('dh', dh, dt, h.shape)
     c.dense('grads', grads, dt, (4*P + 3*G + (1 + features)*C,))
     if c.enter(GAUGE_LAYER[dt], name): _no_length()
 
+# %% ../nbs/02c_gauge.ipynb #8eae31d9
 class _GaugeKernel:
     "What lies between the projections of a `GaugeMixer`, for `_Node`."
     libraries = GAUGE_LAYER
@@ -1450,7 +1541,8 @@ class _GaugeKernel:
         h, eta, C, G = _by_rows(h), log_eta.exp(), len(scale), len(E)
         n = [taps.numel(), G, C, G, G, len(weight)]
         dh, grads = torch.empty_like(h), _new((sum(n),), h.dtype)
-        _whole('bk_gauge_layer_backward', self.gauge, h, cut, (taps, bias, E, eta, scale, weight), nums, out, *kept,
+        ps = taps, bias, E, eta, scale, weight
+        _whole('bk_gauge_layer_backward', self.gauge, h, cut, ps, nums, out, *kept,
                dout.contiguous(), dh, grads)
         dt, db, ds, dE, dn, dw = grads.split(n)
         return dh, None, None, dt.view_as(taps), None if bias is None else db, dE, dn*eta, ds, dw
@@ -1462,17 +1554,17 @@ def _lanes_of(t): # of a vector of this type
 
 def gauge_layer(m, x, state, cut, return_state):
     "A whole `GaugeMixer` by compiled kernels, (B, N, D); None where they cannot."
-    t = x.dtype
-    if (type(m) is not GaugeMixer or x.device.type != 'cpu' or t not in GAUGE_LAYER or _cast(x) != t
-        or state is not None or return_state or not m.causal or not x.shape[:2].numel() or torch.compiler.is_compiling()):
-        return None
-    if len(x) < _threads() or not _as_built(m, m.in_proj, m.out_proj) or type(m.bonds) is not BondProjection: return None
+    t, whole = x.dtype, state is None and not return_state and m.causal and x.shape[:2].numel()
+    if type(m) is not GaugeMixer or not whole or torch.compiler.is_compiling(): return None
+    if x.device.type != 'cpu' or t not in GAUGE_LAYER or _cast(x) != t or len(x) < _threads(): return None
+    if not _as_built(m, m.in_proj, m.out_proj) or type(m.bonds) is not BondProjection: return None
     own = list(m.parameters())
     if not _plainly(m, x, None, cut, own) or own[0].dtype != t: return None
     if _lanes_of(t) < m.group: return None
     bias = m.absorb_bias if m.absorb else None
     nums = m.v_max, m.norm.eps, m.features, m.conv is not None, m.absorb, m.potential == 'token'
     w = torch.cat([m.in_proj.weight, m.bonds.weight])
-    return _Node.apply(_GaugeKernel(m.gauge), x, w, m.out_proj.weight, nums, cut, _taps(m.conv, m.mixed, m.scale, t),
-                       bias, m.spectrum.E, m.spectrum.log_eta, m.scale, m.norm.weight)
+    taps = _taps(m.conv, m.mixed, m.scale, t)
+    return _Node.apply(_GaugeKernel(m.gauge), x, w, m.out_proj.weight, nums, cut, taps, bias, m.spectrum.E,
+                       m.spectrum.log_eta, m.scale, m.norm.weight)
 register_kernel('gauged', 'cpu', gauge_layer)

@@ -142,8 +142,8 @@ def find_gauge(name:str):
     "The gauge registered under this name, by an announced module if need be. `ValueError` if there is none."
     gauge = find_kernel('gauge', name) if isinstance(name, str) else None
     if gauge is not None: return gauge
-    raise ValueError(f"no gauge {name!r}; a gauge is 'none' or what a module registered: those of resnet_bk.gauge "
-                     "are announced when the package is installed, otherwise import it first")
+    raise ValueError(f"no gauge {name!r}; a gauge is 'none' or what a module registered: those of "
+                     "resnet_bk.gauge are announced when the package is installed, otherwise import it first")
 
 def _gauged(cls, kind, gauge): # the class of a layer of this kind
     if gauge == 'none': return cls
@@ -158,8 +158,7 @@ class BKMixer(nn.Module):
 
     z is learned per channel; an absorbing potential per token is the forget gate."""
     fused = True                 # False: the plain form, always
-    kernels = 'layers'           # what kind of registered kernel may do its work
-    group = 1                    # channels that share a chain
+    group, kernels = 1, 'layers' # channels that share a chain; the registered kernels that may do the work
     no_weight_decay = ('absorb_bias', 'scale')
     def __init__(self,
         d_model:int,             # D
@@ -193,14 +192,17 @@ class BKMixer(nn.Module):
         self.out_proj = nn.Linear(features*C, d_model, bias=False)
 
     def __new__(cls, *args, gauge='none', **kw): return super().__new__(_gauged(cls, BKMixer, gauge))
-    @property
-    def chains(self): return self.channels//self.group
-    @property
-    def mixed(self): return self.channels + (self.n_in - 1)*self.chains       # columns u | w | v
-    def _bonds(self, x): return ()
-    def extra_repr(self): return f'{self.chains} chains' + ('' if self.causal else ', two-sided')
 
 # %% ../nbs/02_mixers.ipynb #c0018
+@patch
+def extra_repr(self:BKMixer): return f'{self.chains} chains' + ('' if self.causal else ', two-sided')
+@patch(as_prop=True)
+def chains(self:BKMixer): return self.channels//self.group
+@patch(as_prop=True)
+def mixed(self:BKMixer): return self.channels + (self.n_in - 1)*self.chains   # columns u | w | v
+@patch
+def _bonds(self:BKMixer, x): return ()                                        # more, with a gauge
+
 @patch
 def _check_state(self:BKMixer, state, x):
     if not self.causal:
