@@ -1554,8 +1554,9 @@ def _lanes_of(t): # of a vector of this type
 
 def gauge_layer(m, x, state, cut, return_state):
     "A whole `GaugeMixer` by compiled kernels, (B, N, D); None where they cannot."
-    t, whole = x.dtype, state is None and not return_state and m.causal and x.shape[:2].numel()
-    if type(m) is not GaugeMixer or not whole or torch.compiler.is_compiling(): return None
+    if type(m) is not GaugeMixer or not m.causal or torch.compiler.is_compiling(): return None
+    t, whole = x.dtype, state is None and not return_state and x.shape[:2].numel()
+    if not whole: return None
     if x.device.type != 'cpu' or t not in GAUGE_LAYER or _cast(x) != t or len(x) < _threads(): return None
     if not _as_built(m, m.in_proj, m.out_proj) or type(m.bonds) is not BondProjection: return None
     own = list(m.parameters())
