@@ -826,12 +826,15 @@ def _check_line(gauge, line, B, G, x): _check_part('line', line, (B, G, *gauge.b
 # %% ../nbs/02c_gauge.ipynb #112c79a8
 class GaugeMixer(BKMixer):
     """`BKMixer` whose bonds rotate: groups of channels share a chain. Made by `BKMixer(d_model, gauge=...)`.
+    With `frame`, values from before the text that nothing damps: the line itself can be read from them.
     Its state is (conv tail, (g, y, line)), y in the frame of the line."""
-    kernels = 'gauged'
-    def __init__(self, *args, gauge:str, **kwargs):
+    kernels, no_weight_decay = 'gauged', (*BKMixer.no_weight_decay, 'frame')
+    def __init__(self, *args, gauge:str, frame:bool=False, **kwargs):
         super().__init__(*args, gauge=gauge, **kwargs)
         self.gauge = find_gauge(gauge)
         self.bonds = BondProjection(self.gauge, self.d_model, self.chains)
+        c = torch.randn(self.chains, self.group) if frame else None
+        self.register_parameter('frame', None if c is None else nn.Parameter(c))
 
     def extra_repr(self): return f'{super().extra_repr()} of {self.group} channels'
     def _bonds(self, x): return (self.bonds(x),)
@@ -853,6 +856,7 @@ class GaugeMixer(BKMixer):
         if hop is not None: hop = hop.to(z.real.dtype).expand(-1, -1, self.channels)
         y = resolvent_mix(v, x, z, w, hop, self.causal, chain, return_state)
         if return_state: y, chain = y
+        if self.frame is not None: y = y + self.frame.flatten().to(y.real.dtype)
         return self.gauge.from_frame(W, y), (*chain, line) if return_state else None
 
 # %% ../nbs/02c_gauge.ipynb #ff5f64ab
@@ -998,11 +1002,12 @@ struct WholeArgs {
   I hb, hn, rows;
   const uint8_t* cut;
   const T *taps, *bias, *E, *eta, *scale, *wt;  // (CW, P), (G), (G), (G), (C), (feat C)
+  const T* frame;                               // (C): added before the values leave the frame
   T *out, *rinv;                                // (B, N, feat C), (B, N)
   double* lines;                                // (B, parts, G S): the lines before every part
   T* kept;                                      // (B, parts, 2 G + 2 C): pivots and mixed values before it
   const T* dout;
-  T *dh, *grads;  // grads: taps, bias, scale, E, eta, wt
+  T *dh, *grads;  // grads: taps, bias, scale, E, eta, wt, frame
 };
 ''')
 CPP_GAUGE_LAYER
@@ -1031,8 +1036,15 @@ template <class K> struct Whole : WholeArgs {
     Row rows[PART], now;
     T *P, *L, *g, *y;  // carried: re and im
   };
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #f17a5b3d
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
   std::vector<Mine> mine;
-  I sums() const { return CW * P + 3 * G + C + feat * C; }
+  std::vector<T> framed;  // the frame, whole vectors
+  I sums() const { return CW * P + 3 * G + C + feat * C + (frame ? C : 0); }
   Whole(const WholeArgs& a)
       : WholeArgs(a),
         G(a.C / M),
@@ -1040,7 +1052,9 @@ template <class K> struct Whole : WholeArgs {
         Cp((a.C + W - 1) / W * W + W),
         Gp((a.C / M + W - 1) / W * W + W),
         blocks((a.C / M + BLOCK - 1) / BLOCK),
-        mine(a.threads) {
+        mine(a.threads),
+        framed(Cp, T(0)) {
+    if (frame) std::copy(frame, frame + C, framed.begin());
     past = B * N * feat * C * (I)sizeof(T) > FAR, past_h = B * N * F * (I)sizeof(T) > FAR;
     const I step = P + 2 * W, row = 6 * Cp + 4 * Gp, n = dout ? (I)PART + 1 : 1;
     for (Mine& m : mine) {
@@ -1220,7 +1234,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
   void finish(const Row& o, I at, const T* gate) const {  // out of the frame, norm, gate
     V ss = {};
     for (I c = 0; c < C; c += W) {
-      V a = from<T>(o.yr + c), b = from<T>(o.yi + c);
+      V a = from<T>(o.yr + c) + from<T>(&framed[c]), b = from<T>(o.yi + c);
       if (c + W > C)
         for (int i = (int)(C - c); i < W; i++) a[i] = b[i] = 0;
       ss += feat == 2 ? a * a + b * b : a * a;
@@ -1236,7 +1250,7 @@ CPP_GAUGE_LAYER += Cpp(r'''
         Turn<K> turn(from<T>(o.R + i));
         V f = norm_gate(z[e], sg[e], r), a, b;
         weights(wt, i, n, a, b);
-        a = a * f * turn.out(from<T>(o.yr + i));
+        a = a * f * turn.out(from<T>(o.yr + i) + from<T>(&framed[i]));
         T* q = out + (at * C + i) * feat;
         if (feat == 1) {
           Me::stream(q, a, n, past);
@@ -1321,6 +1335,12 @@ CPP_GAUGE_LAYER += Cpp(r'''
       s += Me::ld(d + c, n) * Me::ld(q + c, n);
     }
     const T mean = hsum<T>(s) / (feat * C);
+''')
+CPP_GAUGE_LAYER
+
+# %% ../nbs/02c_gauge.ipynb #f17a5b3c
+#| echo: false
+CPP_GAUGE_LAYER += Cpp(r'''
     over(C, [&](auto k, I c, int n) {
       V z[k.value], sg[k.value];
       for (int e = 0; e < k.value; e++) z[e] = sg[e] = Me::ld(gate + c + e * W, n);
@@ -1328,14 +1348,15 @@ CPP_GAUGE_LAYER += Cpp(r'''
       for (int e = 0; e < k.value; e++) {
         const I i = c + e * W;
         Turn<K> turn(from<T>(o.R + i));
-        V re = from<T>(o.yr + i), im = from<T>(o.yi + i), silu = z[e] * sg[e], dz = {}, d0, d1, w0, w1, s0,
-          s1;
+        V re = from<T>(o.yr + i) + from<T>(&framed[i]), im = from<T>(o.yi + i), silu = z[e] * sg[e], dz = {};
+        V d0, d1, w0, w1, s0, s1;
         weights(d, i, n, d0, d1), weights(wt, i, n, w0, w1), weights(aw, i, n, s0, s1);
         V g0 = turn.in(norm_gate_back(d0, turn.out(re), w0, silu, r, mean, s0, dz)), g1 = {};
         if (feat == 2) {
           g1 = turn.in(norm_gate_back(d1, turn.out(im), w1, silu, r, mean, s1, dz));
           st2(aw + 2 * i, n, s0, s1);
         } else Me::st(aw + i, s0, n);
+        if (frame) Me::st(aw + feat * C + i, Me::ld(aw + feat * C + i, n) + g0, n);
         Me::stream(dh + at * F + P + i, dz * silu_slope(z[e], sg[e]), n, past_h);
         to<T>(m.ur + i, g0), to<T>(m.ui + i, g1);
         to<T>(m.tq + i, Turn<K>::torque(re, g0) + Turn<K>::torque(im, g1));
@@ -1506,7 +1527,7 @@ GAUGE_LAYER = {t: CppLibrary(f'bk_gauge_layer_{n}', Cpp(f'#define REAL {c}\n') +
 
 _PART = 32 # as in C++
 def _whole(name, gauge, h, cut, ps, nums, out, rinv, lines, kept, dout=None, dh=None, grads=None):
-    (taps, bias, E, eta, scale, weight), (v_max, eps, features, act, has_w, has_v) = ps, nums
+    (taps, bias, E, eta, scale, weight, frame), (v_max, eps, features, act, has_w, has_v) = ps, nums
     (B,N,F_), C, dt, parts = h.shape, len(scale), h.dtype, (h.shape[1] + _PART - 1)//_PART
     G = C//gauge.size
     P = C + (has_w + has_v)*G
@@ -1517,10 +1538,11 @@ def _whole(name, gauge, h, cut, ps, nums, out, rinv, lines, kept, dout=None, dh=
     c.rows('h', h, dt, (B, N, F_)).dense('cut', cut, torch.bool, (B, N)).dense('taps', taps, dt, (4, P))
     for n,t in dict(bias=bias, E=E, eta=eta).items(): c.dense(n, t, dt, (G,))
     c.dense('scale', scale, dt, (C,)).dense('weight', weight, dt, (features*C,))
+    c.dense('frame', frame, dt, (C,))
     c.dense('out', out, dt, (B, N, features*C)).dense('rinv', rinv, dt, (B, N))
     c.dense('lines', lines, torch.float64, (B, parts, S)).dense('kept', kept, dt, (B, parts, 2*(G + C)))
     c.dense('dout', dout, dt, out.shape).dense('dh', dh, dt, h.shape)
-    c.dense('grads', grads, dt, (4*P + 3*G + (1 + features)*C,))
+    c.dense('grads', grads, dt, (4*P + 3*G + (1 + features + (frame is not None))*C,))
     if c.enter(GAUGE_LAYER[dt], name): _no_length()
 
 # %% ../nbs/02c_gauge.ipynb #8eae31d9
@@ -1528,24 +1550,25 @@ class _GaugeKernel:
     "What lies between the projections of a `GaugeMixer`, for `_Node`."
     libraries = GAUGE_LAYER
     def __init__(self, gauge): self.gauge = gauge
-    def forward(self, h, nums, cut, taps, bias, E, log_eta, scale, weight):
+    def forward(self, h, nums, cut, taps, bias, E, log_eta, scale, weight, frame):
         h, (B,N,_), t, C, G = _by_rows(h), h.shape, h.dtype, len(scale), len(E)
-        parts, ps = (N + _PART - 1)//_PART, (taps, bias, E, log_eta.exp(), scale, weight)
+        parts, ps = (N + _PART - 1)//_PART, (taps, bias, E, log_eta.exp(), scale, weight, frame)
         out, rinv = _new((B, N, nums[2]*C), t), _new((B, N), t)
         lines = _new((B, parts, G*math.prod(self.gauge.bond)), torch.float64)
         kept = _new((B, parts, 2*(G + C)), t)
         _whole('bk_gauge_layer', self.gauge, h, cut, ps, nums, out, rinv, lines, kept)
         return out, rinv, lines, kept
 
-    def backward(self, dout, h, nums, cut, taps, bias, E, log_eta, scale, weight, out, *kept):
+    def backward(self, dout, h, nums, cut, taps, bias, E, log_eta, scale, weight, frame, out, *kept):
         h, eta, C, G = _by_rows(h), log_eta.exp(), len(scale), len(E)
-        n = [taps.numel(), G, C, G, G, len(weight)]
+        n = [taps.numel(), G, C, G, G, len(weight), 0 if frame is None else C]
         dh, grads = torch.empty_like(h), _new((sum(n),), h.dtype)
-        ps = taps, bias, E, eta, scale, weight
+        ps = taps, bias, E, eta, scale, weight, frame
         _whole('bk_gauge_layer_backward', self.gauge, h, cut, ps, nums, out, *kept,
                dout.contiguous(), dh, grads)
-        dt, db, ds, dE, dn, dw = grads.split(n)
-        return dh, None, None, dt.view_as(taps), None if bias is None else db, dE, dn*eta, ds, dw
+        dt, db, ds, dE, dn, dw, df = grads.split(n)
+        if bias is None: db = None
+        return dh, None, None, dt.view_as(taps), db, dE, dn*eta, ds, dw, None if frame is None else df
 
 # %% ../nbs/02c_gauge.ipynb #8792e124
 def _lanes_of(t): # of a vector of this type
@@ -1565,7 +1588,7 @@ def gauge_layer(m, x, state, cut, return_state):
     bias = m.absorb_bias if m.absorb else None
     nums = m.v_max, m.norm.eps, m.features, m.conv is not None, m.absorb, m.potential == 'token'
     w = torch.cat([m.in_proj.weight, m.bonds.weight])
-    taps = _taps(m.conv, m.mixed, m.scale, t)
+    taps, frame = _taps(m.conv, m.mixed, m.scale, t), None if m.frame is None else m.frame.flatten()
     return _Node.apply(_GaugeKernel(m.gauge), x, w, m.out_proj.weight, nums, cut, taps, bias, m.spectrum.E,
-                       m.spectrum.log_eta, m.scale, m.norm.weight)
+                       m.spectrum.log_eta, m.scale, m.norm.weight, frame)
 register_kernel('gauged', 'cpu', gauge_layer)

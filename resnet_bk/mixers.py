@@ -143,7 +143,8 @@ def find_gauge(name:str):
     gauge = find_kernel('gauge', name) if isinstance(name, str) else None
     if gauge is not None: return gauge
     raise ValueError(f"no gauge {name!r}; a gauge is 'none' or what an imported or an announced module "
-                     "registered; those of `02c` are announced by the installed package: install it anew, or import them")
+                     "registered; those of `02c` are announced by the installed package: "
+                     "install it anew, or import them")
 
 def _gauged(cls, kind, gauge): # the class of a layer of this kind
     if gauge == 'none': return cls

@@ -78,7 +78,7 @@ def test_every_notebook_shows_something():
 
 @pytest.mark.parametrize('module, names', [
     ('native', 'Cpp CppLibrary Call ready check_tensor unwatched register_kernel find_kernel keep_memory'), ('cpu_kernels', 'CppKernels'),
-    ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention BKFeatureMixer resolvent_attention'), ('fused_layers', 'fused_layer'), ('decoder', 'Decoder'),
+    ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention BKFeatureMixer resolvent_attention'), ('fused_layers', 'fused_layer'), ('gauge', 'wilson_line to_frame from_frame BondProjection GaugeMixer GaugeAttention gauge_layer'), ('decoder', 'Decoder'),
     ('moe', 'SparseMoE AnalyticMoELayer AnalyticMoEFunction validate_analytic_gradients MoEResNetBKLayer'),
     ('gradients', 'BKCoreFunction GradBlendOptimizer GradBlendResult MixedPrecisionBKCoreFunction validate_mixed_precision_accuracy benchmark_mixed_precision BatchedAnalyticBKCoreFunction MemoryOptimizedBKCoreFunction profile_batched_gradient'),
     ('dmd', 'dmd spectrum mode_amplitudes continuous hard_threshold optimized_dmd StreamingDMD StateBuffer monomials bumps'),
