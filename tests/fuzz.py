@@ -302,7 +302,9 @@ MAKE = {'plain': lambda: BKMixer(16), 'wide': lambda: BKMixer(16, expand=2, pote
         'no conv': lambda: BKMixer(16, conv=0), 'one feature': lambda: BKMixer(16, features=1), 'no absorb': lambda: BKMixer(16, absorb=False),
         'conv 2': lambda: BKMixer(16, conv=2), 'two-sided': lambda: BKMixer(8, causal=False),
         'heads of 16': lambda: BKAttention(32, 2), 'heads of 8': lambda: BKAttention(16, 2), 'one head': lambda: BKAttention(32, 1, chunk=16),
-        'attention without conv': lambda: BKAttention(32, 1, conv=0)}
+        'attention without conv': lambda: BKAttention(32, 1, conv=0),
+        'u1': lambda: BKMixer(8, gauge='u1'), 'so3': lambda: BKMixer(16, gauge='so3', potential='token', frame=True), 'so3 no conv': lambda: BKMixer(8, gauge='so3', conv=0),
+        'u1 heads': lambda: BKAttention(16, 2, gauge='u1'), 'so3 heads': lambda: BKAttention(32, 2, gauge='so3')}
 
 @functools.lru_cache(None)
 def layer_of(kind, dtype):
@@ -318,12 +320,16 @@ def layer_state(c, m, B):
     dt = c.dtype.to_complex()
     rows = B if not c.wrong('state rows') else B + 1
     C = lambda n, *s: (c.form(n, .3*c.randn(rows, *s, dtype=dt) - .5j) if not c.wrong(f'{n} real') else c.randn(rows, *s, dtype=c.dtype))
+    def line(groups): # of a layer with a gauge
+        if not hasattr(m, 'gauge'): return ()
+        w = c.tensor('line', (rows, groups, *m.gauge.bond), torch.float64)
+        return (w/w.norm(dim=-1, keepdim=True) if m.gauge.bond and w.is_floating_point() and w.ndim else w,)
     if isinstance(m, BKMixer):
-        tail = m.conv and c.tensor('tail', (rows, m.conv.width - 1, m.n_in*m.channels))
-        s = (tail, (C('g0', m.channels), C('y0', m.channels)))
+        tail = m.conv and c.tensor('tail', (rows, m.conv.width - 1, m.mixed))
+        s = (tail, (C('g0', m.channels), C('y0', m.channels), *line(m.chains)))
     else:
         d = m.d_model//m.n_heads
-        s = (m.conv and c.tensor('tail', (rows, m.conv.width - 1, 3*m.d_model)), C('g0', m.n_heads), c.tensor('S', (rows, m.n_heads, d, d)))
+        s = (m.conv and c.tensor('tail', (rows, m.conv.width - 1, 3*m.d_model)), C('g0', m.n_heads), c.tensor('S', (rows, m.n_heads, d, d)), *(line(m.groups) if hasattr(m, 'gauge') else ()))
     return s if not c.wrong('state form') else c.pick(s[:1], [], 3, (None,)*len(s))
 
 def leaves_of(c, s): return type(s)(leaves_of(c, x) for x in s) if isinstance(s, (tuple, list)) else c.leaf(s) if isinstance(s, torch.Tensor) else s
@@ -451,10 +457,10 @@ def fuzz(cases, seed=0, only=None, seconds=None):
     return counts, outcomes, failures
 
 def kernels(): # all that is used, built side by side
-    from resnet_bk import cpu_kernels, decoder, fused_layers, native, sparsity
-    tables = cpu_kernels.CORE, sparsity.DECIMATED, fused_layers.LAYER, fused_layers.ATTENTION
+    from resnet_bk import cpu_kernels, decoder, fused_layers, gauge, native, sparsity
+    tables = cpu_kernels.CORE, sparsity.DECIMATED, gauge.GAUGE, gauge.GAUGE_LAYER, fused_layers.LAYER, fused_layers.ATTENTION
     for t in (torch.float32, torch.float64): native.ready(*(table[t] for table in tables), quiet=True)
-    half = [table[torch.bfloat16] for table in tables[2:]]
+    half = [table[torch.bfloat16] for table in tables[4:]]
     if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*half, quiet=True)
     else:
         for l in half: l._lib = None                      # with sanitizers: float32 and float64
@@ -471,8 +477,8 @@ def sanitizer_env(folder):
 
 BUILD = """
 import subprocess, sys, torch
-from resnet_bk import native, cpu_kernels, decoder, fused_layers, sparsity
-tables = cpu_kernels.CORE, sparsity.DECIMATED, fused_layers.LAYER, fused_layers.ATTENTION
+from resnet_bk import native, cpu_kernels, decoder, fused_layers, gauge, sparsity
+tables = cpu_kernels.CORE, sparsity.DECIMATED, gauge.GAUGE, gauge.GAUGE_LAYER, fused_layers.LAYER, fused_layers.ATTENTION
 libs = [t[k] for k in (torch.float32, torch.float64) for t in tables] + [decoder.DECODE]
 cxx, folder = native.find_compiler(), native.cache_folder()
 def start(l):

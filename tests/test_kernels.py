@@ -1,7 +1,7 @@
 "The fused layers' kernels with narrower vectors than this machine's, against the plain form; and for another architecture, compiled only."
 import os, platform, shutil, subprocess, sys
 import pytest
-from resnet_bk import cpu_kernels, decoder, fused_layers, native, sparsity
+from resnet_bk import cpu_kernels, decoder, fused_layers, gauge, native, sparsity
 
 CHECK = '''
 import torch
@@ -32,7 +32,7 @@ def test_narrow_vectors(march, tmp_path):
     r = subprocess.run([sys.executable, '-c', CHECK], env=env, capture_output=True, text=True)
     assert r.returncode == 0 and 'equal' in r.stdout, r.stderr[-2000:]
 
-LIBRARIES = [*cpu_kernels.CORE.values(), *sparsity.DECIMATED.values(), *fused_layers.LAYER.values(), *fused_layers.ATTENTION.values(), decoder.DECODE]
+LIBRARIES = [*cpu_kernels.CORE.values(), *sparsity.DECIMATED.values(), *gauge.GAUGE.values(), *gauge.GAUGE_LAYER.values(), *fused_layers.LAYER.values(), *fused_layers.ATTENTION.values(), decoder.DECODE]
 @pytest.mark.parametrize('library', LIBRARIES, ids=lambda l: l.name)
 def test_compiles_for_aarch64(library, tmp_path):
     cxx = shutil.which('aarch64-linux-gnu-g++')
