@@ -379,7 +379,7 @@ def _(mixer:SideBySide, x, state=None):
 
 @advance.register
 def _(mixer:BKMixer, x, state=None):
-    if type(mixer.in_proj) is not nn.Linear: return mixer(x, state, None, True)[1]
+    if type(mixer) is not BKMixer or type(mixer.in_proj) is not nn.Linear: return mixer(x, state, None, True)[1]
     tail, chain = (None, None) if state is None else state
     h = F.linear(x, mixer.in_proj.weight[:mixer.n_in*mixer.channels])
     if x.shape[1] == 1 and chain is not None: return _one(mixer, h, tail, chain)
@@ -402,7 +402,8 @@ def _one(mixer, h, tail, chain): # one site: general forms would be all overhead
 
 @advance.register
 def _(mixer:BKAttention, x, state=None):
-    if type(mixer.in_proj) is not nn.Linear or not x.shape[1]: return mixer(x, state, None, True)[1]
+    plain = type(mixer) is BKAttention and type(mixer.in_proj) is nn.Linear
+    if not plain or not x.shape[1]: return mixer(x, state, None, True)[1]
     tail, g, S = (None, None, None) if state is None else state
     D = mixer.d_model
     w = F.softplus(_wide(mixer.absorb_proj(x)) + mixer.absorb_bias)

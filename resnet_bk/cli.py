@@ -38,6 +38,13 @@ _opt('vocab_size', None, "for 'words' and 'bpe'", int)
 _opt('batch_size', 8, 'sequences in a batch', int)
 _opt('context', 256, 'tokens in a sequence', int)
 
+def _with_gauge(gauge, mixers): # fields of ModelConfig
+    if gauge == 'none': return {}
+    own = [m for m in dict.fromkeys(mixers) if m in ('resolvent', 'attention', 'both')]
+    if not own:
+        raise ValueError(f'--gauge wants a resolvent or attention layer; got --mixer {",".join(mixers)}')
+    return dict(mixer_kw={m: dict(gauge=gauge) for m in own})
+
 _opt = partial(register_option, group='the model')
 _opt('d_model', 128, 'width', int)
 _opt('n_layers', 4, 'blocks', int)
@@ -46,6 +53,8 @@ _opt('mixer', 'both,resolvent', 'mixer of each layer, the last repeated: both, a
 _opt('n_heads', None, 'heads of an attention layer; default one per 64 channels', int)
 _opt('ffn_mult', 0., 'hidden width of a feed-forward in each block, over d_model; 0 = none', float,
      config=lambda v, o: dict(ffn='mlp', ffn_kw=dict(mult=v)) if v else {})
+_opt('gauge', 'none', 'rotations on the bonds of resolvent and attention layers, see 02c',
+     choices=('none', 'u1', 'so3'), config=lambda v, o: _with_gauge(v, o['mixer'].split(',')))
 _opt('tie', False, 'share weights between embedding and output, for large vocabularies', bool)
 _opt('dropout', 0., 'share of activations that are dropped while training', float)
 

@@ -830,7 +830,7 @@ class GaugeMixer(BKMixer):
     Its state is (conv tail, (g, y, line)), y in the frame of the line."""
     kernels, no_weight_decay = 'gauged', (*BKMixer.no_weight_decay, 'frame')
     def __init__(self, *args, gauge:str, frame:bool=False, **kwargs):
-        super().__init__(*args, gauge=gauge, **kwargs)
+        super().__init__(*args, gauge=gauge, frame=frame, **kwargs)
         self.gauge = find_gauge(gauge)
         self.bonds = BondProjection(self.gauge, self.d_model, self.chains)
         c = torch.randn(self.chains, self.group) if frame else None

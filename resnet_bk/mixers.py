@@ -173,8 +173,10 @@ class BKMixer(nn.Module):
         eta_max:float=1.,
         causal:bool=True,        # False: the full solve, for tasks where a token may see later ones
         *, gauge:str='none',     # rotations on the bonds: 'u1' or 'so3' of `02c`, see `find_gauge`
+        frame:bool=False,        # with a gauge: undamped values before the text, to read the rotations from
     ):
         super().__init__()
+        if frame and gauge == 'none': raise ValueError("frame=True wants a gauge, 'u1' or 'so3'")
         if potential not in ('none', 'token'):
             raise ValueError(f"potential must be 'none' or 'token'; got {potential!r}")
         if features not in (1, 2): raise ValueError(f'features must be 1 or 2; got {features!r}')

@@ -638,6 +638,7 @@ class SparseMixer(nn.Module):
         self.weight, self.tau = weight, tau
         self.mixer = BKMixer(d_model, **kwargs)
         if not self.mixer.causal: raise ValueError('SparseMixer is causal only')
+        if type(self.mixer) is not BKMixer: raise ValueError('SparseMixer knows no gauges')
         self.predict = nn.Linear(d_model, 1)
         at = torch.special.ndtri(torch.tensor(min(share, .999))) # the share of a normal variable above 0
         nn.init.normal_(self.predict.weight, std=d_model**-.5)
