@@ -379,7 +379,8 @@ def _(mixer:SideBySide, x, state=None):
 
 @advance.register
 def _(mixer:BKMixer, x, state=None):
-    if type(mixer) is not BKMixer or type(mixer.in_proj) is not nn.Linear: return mixer(x, state, None, True)[1]
+    plain = type(mixer) is BKMixer and type(mixer.in_proj) is nn.Linear
+    if not plain: return mixer(x, state, None, True)[1]
     tail, chain = (None, None) if state is None else state
     h = F.linear(x, mixer.in_proj.weight[:mixer.n_in*mixer.channels])
     if x.shape[1] == 1 and chain is not None: return _one(mixer, h, tail, chain)

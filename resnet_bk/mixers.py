@@ -146,7 +146,8 @@ def find_gauge(name:str):
                      "registered; those of `02c` are announced by the installed package: "
                      "install it anew, or import them")
 
-def _gauged(cls, kind, gauge): # the class of a layer of this kind
+def _gauged(cls, kind, gauge, frame=False, **kw): # the class of a layer of this kind
+    if gauge == 'none' and frame: raise ValueError("frame=True wants a gauge, 'u1' or 'so3'")
     if gauge == 'none': return cls
     own = find_gauge(gauge).layers[kind]
     if cls is kind: return own
@@ -176,7 +177,6 @@ class BKMixer(nn.Module):
         frame:bool=False,        # with a gauge: undamped values before the text, to read the rotations from
     ):
         super().__init__()
-        if frame and gauge == 'none': raise ValueError("frame=True wants a gauge, 'u1' or 'so3'")
         if potential not in ('none', 'token'):
             raise ValueError(f"potential must be 'none' or 'token'; got {potential!r}")
         if features not in (1, 2): raise ValueError(f'features must be 1 or 2; got {features!r}')
@@ -193,8 +193,7 @@ class BKMixer(nn.Module):
         self.scale = nn.Parameter(self.spectrum.log_eta.detach().div(2).exp().repeat_interleave(self.group))
         self.norm = nn.RMSNorm(features*C, eps=1e-5)
         self.out_proj = nn.Linear(features*C, d_model, bias=False)
-
-    def __new__(cls, *args, gauge='none', **kw): return super().__new__(_gauged(cls, BKMixer, gauge))
+    def __new__(cls, *a, gauge='none', **kw): return super().__new__(_gauged(cls, BKMixer, gauge, **kw))
 
 # %% ../nbs/02_mixers.ipynb #c0018
 @patch
