@@ -254,6 +254,7 @@ def test_a_carried_state_on_two_processes(tmp_path, lanes):
 def test_a_carried_state_with_spread_weights(tmp_path):
     "Weights spread over two processes: the losses and the evaluations of two whole copies"
     extra = CARRY.replace('LANES', '8').replace('kw |= dict(opt=lambda ps, lr: torch.optim.SGD(ps, lr=lr*100))', '') + STILL
+    extra += 'kw |= dict(eval_batches=40)\nfor p in net.rnn.parameters(): p.data.mul_(3)\n' # many states, which matter
     finish(torchrun(tmp_path/'whole', extra))
     finish(torchrun(tmp_path/'shards', extra + 'kw |= dict(shard=True)', collect=''))
     for p,q in zip(losses(tmp_path/'whole'), losses(tmp_path/'shards'), strict=True):
