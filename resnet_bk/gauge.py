@@ -1589,6 +1589,7 @@ def gauge_layer(m, x, state, cut, return_state):
     nums = m.v_max, m.norm.eps, m.features, m.conv is not None, m.absorb, m.potential == 'token'
     w = torch.cat([m.in_proj.weight, m.bonds.weight])
     taps, frame = _taps(m.conv, m.mixed, m.scale, t), None if m.frame is None else m.frame.flatten()
+    if cut is not None: cut = cut.contiguous()
     return _Node.apply(_GaugeKernel(m.gauge), x, w, m.out_proj.weight, nums, cut, taps, bias, m.spectrum.E,
                        m.spectrum.log_eta, m.scale, m.norm.weight, frame)
 register_kernel('gauged', 'cpu', gauge_layer)
