@@ -143,7 +143,8 @@ def prunable(model:nn.Module)->dict: # name → `Units`
     "The layers of a model that units can be taken out of. `ValueError` if there is none."
     found = {}
     for name,m in _bare(model).named_modules():
-        kind = next((k for c,k in PRUNABLE.items() if isinstance(m, c)), None)
+        gauged = getattr(m, 'gauge', None) is not None # its channels belong together in groups
+        kind = None if gauged else next((k for c,k in PRUNABLE.items() if isinstance(m, c)), None)
         if kind is not None: found[name] = kind(m)
     if not found:
         raise ValueError('nothing to prune: the model has no layer of the kinds '
