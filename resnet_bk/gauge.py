@@ -14,7 +14,7 @@ from typing import Tuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .native import Call, Cpp, CppLibrary, CPP_GUARD, op_namespace, register_kernel
+from .native import Call, Cpp, CppLibrary, CPP_GUARD, may_run, op_namespace, register_kernel
 from torch.autograd import forward_ad
 from .bk_core import OptT, _dense, _lanes, _refuse, resolvent_mix
 from .cpu_kernels import _new, _scan_backward_cpp, _scan_cpp
@@ -591,15 +591,7 @@ _KINDS = {g.name: g for g in (U1, SO3)}
 GAUGE = {t: CppLibrary(f'bk_gauge_{n}', Cpp(f'#define REAL {c}\n') + CPP_GUARD + CPP_GAUGE + CPP_GAUGE_OPS)
          for t,n,c in ((torch.float32, 'f32', 'float'), (torch.float64, 'f64', 'double'))}
 
-def _cpp(backend, x): # whether the kernel runs
-    if backend not in ('', 'cpp', 'reference'):
-        raise ValueError(f"backend must be 'cpp' or 'reference'; got {backend!r}")
-    lib = GAUGE.get(x.dtype) if x.device.type == 'cpu' and backend != 'reference' else None
-    loads = lib is not None and lib.load() is not None
-    if backend == 'cpp' and not loads:
-        raise ValueError(f"backend 'cpp' cannot take a {x.dtype} tensor on {x.device}, "
-                         'or its kernels could not be built')
-    return loads
+def _cpp(backend, x): return may_run(GAUGE, backend, x)
 
 def _no_length(): raise ValueError('a quaternion of length 0 is no rotation')
 

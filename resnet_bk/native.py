@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CPP_COMPLEX', 'CPP_GUARD', 'CPP_LANES', 'Cpp', 'extra_flags', 'find_compiler', 'cache_folder', 'BuildError',
-           'CppLibrary', 'ready', 'check_tensor', 'Call', 'unwatched', 'register_kernel', 'find_kernel', 'op_namespace',
-           'keep_memory', 'time_together']
+           'CppLibrary', 'ready', 'check_tensor', 'Call', 'may_run', 'unwatched', 'register_kernel', 'find_kernel',
+           'op_namespace', 'keep_memory', 'time_together']
 
 # %% ../nbs/00b_native.ipynb #979cd540
 import atexit, ctypes, hashlib, json, os, platform, re, shlex, shutil, stat, subprocess, sys
@@ -354,6 +354,20 @@ def _enter(self:Call, lib, name:str)->int: # lib: a `CppLibrary`, or what it ope
 Call.enter = _enter
 
 # %% ../nbs/00b_native.ipynb #a004d280
+def may_run(libraries:dict, # type of numbers → `CppLibrary`
+    backend:str, # 'cpp', 'reference', or '' for the best that loads
+    x:Tensor, # what the kernel would work on
+)->bool:
+    "Whether a CPU kernel is to do the work. `ValueError` for another backend, and for 'cpp' where it cannot."
+    if backend not in ('', 'cpp', 'reference'):
+        raise ValueError(f"backend must be 'cpp' or 'reference'; got {backend!r}")
+    lib = libraries.get(x.dtype) if x.device.type == 'cpu' and backend != 'reference' else None
+    loads = lib is not None and lib.load() is not None
+    if backend == 'cpp' and not loads:
+        raise ValueError(f"backend 'cpp' cannot take a {x.dtype} tensor on {x.device}, "
+                         'or its kernels could not be built')
+    return loads
+
 def unwatched(*tensors)->bool:
     "Whether native code may replace PyTorch operations now: nothing traces or transforms them."
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
-from .native import Call, Cpp, CppLibrary, find_kernel, op_namespace, register_kernel, unwatched
+from .native import Call, Cpp, CppLibrary, may_run, op_namespace, unwatched
 from .bk_core import OptT, _dense, _diagonal, _inputs, _lanes, _raise, _refuse, _transformed
 from .cpu_kernels import _PIECES, _CoreCall, _new, _sums
 from .mixers import BKMixer, _check, _float, _normed
@@ -442,15 +442,7 @@ _DECIMATED = CPP_DECIMATED + CPP_DECIMATED_BACKWARD
 DECIMATED = {t: CppLibrary(f'bk_decimated_{n}', Cpp(f'#define REAL {c}\n') + _PIECES + _DECIMATED)
              for t,n,c in ((torch.float32, 'f32', 'float'), (torch.float64, 'f64', 'double'))}
 
-def _use_cpp(backend, x): # whether the kernel runs
-    if backend not in ('', 'cpp', 'reference'):
-        raise ValueError(f"backend must be 'cpp' or 'reference'; got {backend!r}")
-    lib = DECIMATED.get(x.dtype) if x.device.type == 'cpu' and backend != 'reference' else None
-    loads = lib is not None and lib.load() is not None
-    if backend == 'cpp' and not loads:
-        raise ValueError(f"backend 'cpp' cannot take a {x.dtype} tensor on {x.device}, "
-                         'or its kernels could not be built')
-    return loads
+def _use_cpp(backend, x): return may_run(DECIMATED, backend, x)
 
 def _plain_args(*ts): return [_dense(t) for t in ts]
 
