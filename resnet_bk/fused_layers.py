@@ -2578,20 +2578,24 @@ def _decays(h, col, cut, bias, E, eta, g0=None, libraries=None):
     _enter_decays('bk_decays', h, col, cut, bias, E, eta, log_g, g, g0, libraries=libraries)
     return log_g, g
 
+# %% ../nbs/02b_fused_layers.ipynb #67b9f40c
 class _AttentionKernel:
     libraries = ATTENTION
-    @staticmethod
-    def forward(h, eps, cut, taps, bias, E, log_eta, weight):
-        log_g, g = _decays(h, taps.shape[1]//3*4, cut, bias, E, log_eta.exp())
-        return *_attention(h, cut, taps, log_g, weight, eps)[:3], log_g, g
-    @staticmethod
-    def backward(d_out, h, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g, g):
-        D, H, eta, n = taps.shape[1]//3, len(bias), log_eta.exp(), taps.numel()
-        dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps)
+    # what turns queries and keys, and keeps these tensors; the column of the absorption. `02c` has its own
+    def _turning(self, h, D, *kept): return None, kept, 4*D
+    def forward(self, h, eps, cut, taps, bias, E, log_eta, weight):
+        h = _by_rows(h)
+        turn, more, col = self._turning(h, taps.shape[1]//3)
+        log_g, g = _decays(h, col, cut, bias, E, log_eta.exp(), None, self.libraries)
+        return *_attention(h, cut, taps, log_g, weight, eps, turn=turn)[:3], log_g, g, *more
+    def backward(self, d_out, h, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g, g, *more):
+        h, (cut,), H, eta, n = _by_rows(h), _tidy(cut), len(bias), log_eta.exp(), taps.numel()
+        turn, _, col = self._turning(h, taps.shape[1]//3, *more)
+        dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps, turn=turn)
         s = torch.zeros(3, H, dtype=bias.dtype, device='cpu')
-        h, (cut,) = _by_rows(h), _tidy(cut)
-        _enter_decays('bk_decays_backward', h, 4*D, cut, bias, E, eta, log_g, g, None, dg, dh, s)
-        dh[...,4*D+H:] = 0
+        _enter_decays('bk_decays_backward', h, col, cut, bias, E, eta, log_g, g, None, dg, dh, s,
+                      libraries=self.libraries)
+        dh[...,col+H:] = 0
         return dh, None, None, ds[:n].view_as(taps), s[0], s[1], s[2]*eta, ds[n:].clone()
 
 # %% ../nbs/02b_fused_layers.ipynb #499dbfec
@@ -2698,7 +2702,7 @@ def _attention_on_cpu(m, x, state, cut, return_state):
     if need:
         w_in = m.in_proj.weight
         w = torch.cat([w_in, m.absorb_proj.weight, w_in.new_zeros(-H % 16, m.d_model)])
-        return _Node.apply(_AttentionKernel, x, w, m.out_proj.weight, m.norm.eps, cut, *ps)
+        return _Node.apply(_AttentionKernel(), x, w, m.out_proj.weight, m.norm.eps, cut, *ps)
     through = (lambda l, x: F.linear(x, l.weight.to(t))) if whole else lambda l, x: l(x).to(t)
     x, (taps, bias, E, log_eta, weight) = x.to(t), ps
     past, g0, S = (None, None, None) if state is None else _attention_state(state, t)

@@ -18,8 +18,8 @@ from .native import Call, Cpp, CppLibrary, CPP_GUARD, may_run, op_namespace, reg
 from torch.autograd import forward_ad
 from .bk_core import OptT, _dense, _lanes, _refuse, resolvent_mix
 from .cpu_kernels import _new, _scan_backward_cpp, _scan_cpp
-from .fused_layers import _ATTENTION, CPP_CHUNK, _DecayState, _Node, _TOOLS, _as_built, _attention
-from .fused_layers import _attention_backward, _by_rows, _decays, _enter_decays, _libraries, _plainly
+from .fused_layers import _ATTENTION, CPP_CHUNK, _AttentionKernel, _DecayState, _Node, _TOOLS
+from .fused_layers import _as_built, _attention, _attention_backward, _by_rows, _libraries, _plainly
 from .fused_layers import _takes, _taps, _threads, _tidy, _untouched, attention_params
 from .mixers import BKAttention, BKMixer, find_gauge
 from .mixers import _autocasts, _cast, _check_part, _float, _hop_of
@@ -1788,8 +1788,9 @@ GAUGE_ATTENTION = _libraries('bk_gauge_attention', _TOOLS + CPP_GAUGE + CPP_ROTO
 class _Turning:
     """How attention's kernel turns queries and keys, for `02b`.
 
-    `bonds` (B, N, G·S); or h, whose `columns` they are, as the linear map gave them. `kept`: the lines before
-    the chunks; `start`, `end`: before the first and after the last token. d: the gradient."""
+    `bonds` (B, N, G·S); or h, whose `columns` they are, as the linear map gave them, without the identity.
+    Lines, double: `kept` before the chunks; `start` before the first token, `end` after the last. `dbonds`,
+    `dend` and `dstart` are gradients."""
     def __init__(self, gauge, bonds, kept, columns=None, start=None, end=None, dbonds=None, dend=None,
                  dstart=None):
         self.gauge, self.bonds, self.kept, self.columns = gauge, bonds, kept, columns
@@ -1814,29 +1815,13 @@ def _lines_kept(gauge, h, D): # memory for the lines before the chunks
     return _new((h.shape[0], (h.shape[1] + 63)//64, D//gauge.size*math.prod(gauge.bond)), torch.float64)
 
 # %% ../nbs/02c_gauge.ipynb #ga09
-class _GaugeAttentionKernel:
-    "What lies between the projections of a `GaugeAttention`, for `_Node`."
+class _GaugeAttentionKernel(_AttentionKernel):
     libraries = GAUGE_ATTENTION
     def __init__(self, gauge): self.gauge = gauge
-    def _columns(self, taps): # those of the bonds
-        D = taps.shape[1]//3
-        return slice(4*D, 4*D + D//self.gauge.size*math.prod(self.gauge.bond))
-
-    def forward(self, h, eps, cut, taps, bias, E, log_eta, weight):
-        h, columns = _by_rows(h), self._columns(taps)
-        lines = _lines_kept(self.gauge, h, columns.start//4)
-        log_g, g = _decays(h, columns.stop, cut, bias, E, log_eta.exp(), None, GAUGE_ATTENTION)
-        turn = _Turning(self.gauge, h, lines, columns)
-        return *_attention(h, cut, taps, log_g, weight, eps, turn=turn)[:3], log_g, g, lines
-
-    def backward(self, d_out, h, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g, g, lines):
-        h, columns, H, n = _by_rows(h), self._columns(taps), len(bias), taps.numel()
-        turn, s, eta = _Turning(self.gauge, h, lines, columns), _new((3, H), h.dtype), log_eta.exp()
-        dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps, turn=turn)
-        _enter_decays('bk_decays_backward', h, columns.stop, cut, bias, E, eta, log_g, g, None, dg, dh, s,
-                      libraries=GAUGE_ATTENTION)
-        dh[...,columns.stop+H:] = 0
-        return dh, None, None, ds[:n].view_as(taps), s[0], s[1], s[2]*eta, ds[n:].clone()
+    def _turning(self, h, D, lines=None):
+        columns = slice(4*D, 4*D + D//self.gauge.size*math.prod(self.gauge.bond)) # those of the bonds
+        if lines is None: lines = _lines_kept(self.gauge, h, D)
+        return _Turning(self.gauge, h, lines, columns), (lines,), columns.stop
 
 # %% ../nbs/02c_gauge.ipynb #ga11
 class _GaugeState(torch.autograd.Function):
