@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CPP_LAYER_STEPS', 'CPP_MATH', 'CPP_TRANSPOSE', 'CPP_LAYER_ARGS', 'CPP_LAYER', 'CPP_LAYER_BACKWARD', 'CPP_LAYER_ENTRY',
-           'OptT', 'OPS', 'LAYER', 'CPP_ATTENTION', 'CPP_ATTENTION_BACKWARD', 'CPP_ATTENTION_ENTRY', 'ATTENTION',
-           'layer_op', 'layer_backward_op', 'layer_params', 'mixer_between', 'fused_layer', 'attention_op',
-           'attention_backward_op', 'attention_params', 'attention_between']
+           'OptT', 'OPS', 'LAYER', 'CPP_ATTENTION', 'CPP_CHUNK', 'CPP_UNTURNED', 'CPP_ATTENTION_BACKWARD',
+           'CPP_ATTENTION_ENTRY', 'ATTENTION', 'layer_op', 'layer_backward_op', 'layer_params', 'mixer_between',
+           'fused_layer', 'attention_op', 'attention_backward_op', 'attention_params', 'attention_between']
 
 # %% ../nbs/02b_fused_layers.ipynb #80d96422
 from typing import Optional, Tuple
@@ -1746,6 +1746,30 @@ CPP_ATTENTION += Cpp(r'''
 ''')
 CPP_ATTENTION
 
+# %% ../nbs/02b_fused_layers.ipynb #c0073ch
+#| echo: false
+CPP_CHUNK = Cpp(r'''
+struct Chunk {  // of one head: the k-th, n tokens from t0 on, of d channels
+  I b, hd, k, t0, n, d;
+};
+''')
+CPP_CHUNK
+
+# %% ../nbs/02b_fused_layers.ipynb #c0073un
+#| echo: false
+CPP_UNTURNED = Cpp(r'''
+template <class T> struct Turning {
+  struct Mine {};                                  // of a thread
+  const I* unpack(const I* a) const { return a; }  // takes its arguments; those after them
+  I numbers(I, I) const { return 0; }              // memory of a thread, for chunks of so many tokens
+  void lay_out(Mine&, T*, I, I) const {}
+  template <bool BACK> void in(Mine&, T* const*, const Chunk&) const {}  // q, k: (n, d)
+  void out(Mine&, T* const*, T* const*, const Chunk&) const {}           // and their gradients
+  int failed() const { return 0; }
+};
+''')
+CPP_UNTURNED
+
 # %% ../nbs/02b_fused_layers.ipynb #c0074
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
@@ -1765,6 +1789,7 @@ template <class T, class M> struct Attention : AttentionArgs<T, M> {
   M *dh, *dpast;
   T *dla, *grads, *dS0;
   double* sums;  // grads: taps (CW, 3D), weight (d); sums: the same per thread
+  Turning<T> turning;
   I D() const { return H * d; }
   bool far(I width) const { return B * N * width * (I)sizeof(M) > (I)(8 << 20); }
   I chunks() const { return (N + Q - 1) / Q; }
@@ -1776,6 +1801,7 @@ template <class T, class M> struct Attention : AttentionArgs<T, M> {
     bool cuts;
     T *x[3], *sl[3], *kt, *P, *Y, *S, *St, *E, *vt, *dY, *dx[3], *dS, *dSt, *dP, *owed, *before, *dw,
         *dtaps;
+    typename Turning<T>::Mine turned;
   };
 ''')
 CPP_ATTENTION
@@ -1783,7 +1809,9 @@ CPP_ATTENTION
 # %% ../nbs/02b_fused_layers.ipynb #f9d53d73
 #| echo: false
 CPP_ATTENTION += Cpp(r'''
-  I numbers() const { return up(13 * Q * d + 4 * d * d + 3 * Q * Q + (9 * CW + 1) * d, 64); }
+  I numbers() const {
+    return up(13 * Q * d + 4 * d * d + 3 * Q * Q + (9 * CW + 1) * d + turning.numbers(Q, d), 64);
+  }
   // all threads' memory is taken before they start: inside, nothing may throw
   std::unique_ptr<T[]> memory() const { return std::unique_ptr<T[]>(new T[threads * numbers() + 64]); }
   void lay_out(Work& o, T* all) const {
@@ -1813,8 +1841,8 @@ CPP_ATTENTION += Cpp(r'''
     o.dP = take(Q * Q);
     o.owed = take(3 * CW * d);
     o.before = take(3 * CW * d);
-    o.dtaps = take(3 * CW * d);
-    o.dw = take(d);
+    o.dtaps = take(3 * CW * d), o.dw = take(d);
+    turning.lay_out(o.turned, p, Q, d);
   }
 ''')
 CPP_ATTENTION
@@ -1932,6 +1960,7 @@ CPP_ATTENTION += Cpp(r'''
       }
       for (I i = n * d; i < up(n, L) * d; i++) o.x[p][i] = 0;
     }
+    turning.template in<BACK>(o.turned, o.x, Chunk{b, hd, t0 / Q, t0, n, d});
   }
 ''')
 CPP_ATTENTION
@@ -2337,6 +2366,7 @@ void sweep_back() const {
         chunk(o, n, S, have);
         gate_back(o, b, hd, t0, n, sum, k ? -Q : 0);
         chunk_back(o, n, S, have, later);
+        turning.out(o.turned, o.x, o.dx, Chunk{b, hd, k, t0, n, d});
         load_back(o, b, hd, t0, n, sum);
         for (I i = 0; i < n; i++) dla[(b * N + t0 + i) * H + hd] = o.da[i];
       }
@@ -2362,7 +2392,7 @@ CPP_ATTENTION_ENTRY = Cpp(r'''
 template <class T, class M> int attention(const I* a, bool back) {
   Attention<T, M> l;
   AttentionArgs<T, M>& g = l;
-  const I* q = unpack(g, a);
+  const I* q = unpack(g, l.turning.unpack(a));
   l.eps = *g.epsilon;
   l.out = (M*)q[0];
   l.r = (T*)q[1];
@@ -2378,7 +2408,7 @@ template <class T, class M> int attention(const I* a, bool back) {
   l.grads = (T*)q[11];
   if (l.B && l.N) back ? l.backward() : l.forward();
   else if (back) std::fill(l.grads, l.grads + 12 * l.D() + l.d, T(0));
-  return 0;
+  return l.turning.failed();
 }
 ''')
 CPP_ATTENTION_ENTRY
@@ -2425,7 +2455,8 @@ ENTRY(bk_attention_backward, attention, true)
 CPP_ATTENTION_ENTRY
 
 # %% ../nbs/02b_fused_layers.ipynb #c0090
-ATTENTION = _libraries('bk_attention', _TOOLS + CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY)
+_ATTENTION = CPP_ATTENTION + CPP_ATTENTION_BACKWARD + CPP_ATTENTION_ENTRY
+ATTENTION = _libraries('bk_attention', _TOOLS + CPP_CHUNK + CPP_UNTURNED + _ATTENTION)
 
 # memory for the states before the chunks; the first is zero, which the CPU kernel knows
 def _kept_states(h, H, weight):
@@ -2441,11 +2472,15 @@ def _attention_args(c, h, past, cut, taps, log_g, weight, eps):
     c.may('past', past, d, B, 3, 3*D).may('cut', cut, torch.bool, B, N).must('taps', taps, f, 4, 3*D)
     return c.must('log_g', log_g, f, B, N, H).must('weight', weight, f, d_head)
 
+# %% ../nbs/02b_fused_layers.ipynb #c0090b
+# turn: what `02c` does to queries and keys, with the library that does it
 def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, end=None, out=None, r=None,
-                     kept=None, dout=None, dh=None, dg=None, grads=None, dend=None, dS=None, dpast=None):
+                     kept=None, dout=None, dh=None, dg=None, grads=None, dend=None, dS=None, dpast=None,
+                     turn=None):
     (B,N,F_), H, d_head, back = h.shape, log_g.shape[-1], len(weight), dout is not None
     c, D = _LayerCall(h), H*d_head
     f, d = c.real, c.data
+    if turn is not None: turn.arguments(c, back, (B, N, D), cut, dh)
     if d_head % (8 if f == torch.float64 else 16):
         raise ValueError(f'heads of {d_head} do not fill vectors of {f}')
     _attention_args(c, h, past, cut, taps, log_g, weight, eps).must('out', out, d, B, N, D)
@@ -2459,22 +2494,24 @@ def _enter_attention(name, h, cut, taps, log_g, weight, eps, past=None, S=None, 
     c.may('dend', dend, f, B, H, d_head, d_head).may('dS', dS, f, B, H, d_head, d_head)
     c.may('dpast', dpast, d, B, 3, 3*D)
     need('grads', grads, f, taps.numel() + d_head)
-    c.enter(ATTENTION[d], name)
+    if turn is None: c.enter(ATTENTION[d], name)
+    else: turn.enter(c, name)
 
 # %% ../nbs/02b_fused_layers.ipynb #c0091
-def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True, end=False):
+def _attention(h, cut, taps, log_g, weight, eps, past=None, S=None, keep=True, end=False, turn=None):
     "Forward on the CPU: output; to `keep` 1/r and the states at the chunks; the state at the `end`."
     h, (cut, taps, log_g, weight) = _by_rows(h), _tidy(cut, taps, log_g, weight)
     (B,N,_), H, d, f = h.shape, log_g.shape[2], len(weight), weight.dtype
     out = _new(h.dtype, B, N, H*d)
     end = torch.zeros(B, H, d, d, dtype=f, device='cpu') if end or not keep else None
     r, kept = (_new(f, B, N, H), _kept_states(h, H, weight)) if keep else (None, None)
-    _enter_attention('bk_attention', h, cut, taps, log_g, weight, eps, past, S, end, out, r, kept)
+    _enter_attention('bk_attention', h, cut, taps, log_g, weight, eps, past, S, end, out, r, kept, turn=turn)
     return out, r, kept, end
 
 def _attention_backward(g, h, cut, taps, log_g, weight, out, r, kept, eps, past=None, S=None, **states):
     """Gradients of h and log_g; of taps and weight in one row. Columns behind the gate are not written.
-    `states`: the gradient `dend` of the state at the end; where those of S and past go, `dS` and `dpast`."""
+    `states`: the gradient `dend` of the state at the end; where those of S and past go, `dS` and `dpast`; and
+    `turn`."""
     h, (g, cut, taps, log_g, weight) = _by_rows(h), _tidy(g, cut, taps, log_g, weight)
     dh, dg = _new(h.dtype, *h.shape), _new(log_g.dtype, *log_g.shape)
     grads = _new(taps.dtype, taps.numel() + len(weight))
@@ -2518,7 +2555,7 @@ torch.library.register_autograd(attention_op, _attention_grads, setup_context=_a
 
 # %% ../nbs/02b_fused_layers.ipynb #67b9f40b
 def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, dh=None, grads=None,
-                  dend=None, dg0=None):
+                  dend=None, dg0=None, libraries=None):
     (B,N,F_), H, back = h.shape, len(bias), dg is not None
     if col + H > F_: raise ValueError(f'h: want {col + H} columns; got {F_}')
     c = _LayerCall(h)
@@ -2532,28 +2569,33 @@ def _enter_decays(name, h, col, cut, bias, E, eta, log_g, g, g0=None, dg=None, d
     need('dh', dh, c.data, B, N, F_)
     c.may('dend', dend, f, B, H, 2).may('dg0', dg0, f, B, H, 2)
     need('grads', grads, f, 3, H)
-    c.enter(ATTENTION[c.data], name)
+    c.enter((libraries or ATTENTION)[c.data], name)
 
-def _decays(h, col, cut, bias, E, eta, g0=None): # the chains' log|g| and g; h[...,col:] is their absorption
+# the chains' log|g| and g; h[...,col:] is their absorption
+def _decays(h, col, cut, bias, E, eta, g0=None, libraries=None):
     h, (cut,) = _by_rows(h), _tidy(cut)
     log_g, g = _new(bias.dtype, *h.shape[:2], len(bias)), _new(bias.dtype, *h.shape[:2], len(bias), 2)
-    _enter_decays('bk_decays', h, col, cut, bias, E, eta, log_g, g, g0)
+    _enter_decays('bk_decays', h, col, cut, bias, E, eta, log_g, g, g0, libraries=libraries)
     return log_g, g
 
+# %% ../nbs/02b_fused_layers.ipynb #67b9f40c
 class _AttentionKernel:
     libraries = ATTENTION
-    @staticmethod
-    def forward(h, eps, cut, taps, bias, E, log_eta, weight):
-        log_g, g = _decays(h, taps.shape[1]//3*4, cut, bias, E, log_eta.exp())
-        return *_attention(h, cut, taps, log_g, weight, eps)[:3], log_g, g
-    @staticmethod
-    def backward(d_out, h, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g, g):
-        D, H, eta, n = taps.shape[1]//3, len(bias), log_eta.exp(), taps.numel()
-        dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps)
+    # what turns queries and keys, and keeps these tensors; the column of the absorption. `02c` has its own
+    def _turning(self, h, D, *kept): return None, kept, 4*D
+    def forward(self, h, eps, cut, taps, bias, E, log_eta, weight):
+        h = _by_rows(h)
+        turn, more, col = self._turning(h, taps.shape[1]//3)
+        log_g, g = _decays(h, col, cut, bias, E, log_eta.exp(), None, self.libraries)
+        return *_attention(h, cut, taps, log_g, weight, eps, turn=turn)[:3], log_g, g, *more
+    def backward(self, d_out, h, eps, cut, taps, bias, E, log_eta, weight, out, r, kept, log_g, g, *more):
+        h, (cut,), H, eta, n = _by_rows(h), _tidy(cut), len(bias), log_eta.exp(), taps.numel()
+        turn, _, col = self._turning(h, taps.shape[1]//3, *more)
+        dh, dg, ds = _attention_backward(d_out, h, cut, taps, log_g, weight, out, r, kept, eps, turn=turn)
         s = torch.zeros(3, H, dtype=bias.dtype, device='cpu')
-        h, (cut,) = _by_rows(h), _tidy(cut)
-        _enter_decays('bk_decays_backward', h, 4*D, cut, bias, E, eta, log_g, g, None, dg, dh, s)
-        dh[...,4*D+H:] = 0
+        _enter_decays('bk_decays_backward', h, col, cut, bias, E, eta, log_g, g, None, dg, dh, s,
+                      libraries=self.libraries)
+        dh[...,col+H:] = 0
         return dh, None, None, ds[:n].view_as(taps), s[0], s[1], s[2]*eta, ds[n:].clone()
 
 # %% ../nbs/02b_fused_layers.ipynb #499dbfec
@@ -2566,10 +2608,10 @@ def attention_params(m:BKAttention, t): # of the data h
 # %% ../nbs/02b_fused_layers.ipynb #02b57a71
 class _DecayState(torch.autograd.Function): # h: (B, N, H) absorption of the heads before its bias
     @staticmethod
-    def forward(ctx, h, g0, cut, bias, E, log_eta):
+    def forward(ctx, h, g0, cut, bias, E, log_eta, libraries=None):
         g0, = _tidy(g0)
-        eta = log_eta.exp()
-        log_g, g = _decays(h, 0, cut, bias, E, eta, g0)
+        eta, ctx.libraries = log_eta.exp(), libraries
+        log_g, g = _decays(h, 0, cut, bias, E, eta, g0, libraries)
         ctx.save_for_backward(h, g0, cut, bias, E, eta, log_g, g)
         return log_g, g[:,-1].clone()
 
@@ -2580,8 +2622,8 @@ class _DecayState(torch.autograd.Function): # h: (B, N, H) absorption of the hea
         dh, s = _new(h.dtype, *h.shape), torch.zeros(3, len(bias), dtype=bias.dtype, device='cpu')
         dg0 = torch.empty_like(dend)
         _enter_decays('bk_decays_backward', _by_rows(h), 0, *_tidy(cut), bias, E, eta, log_g, g, g0,
-                      dlog_g.contiguous(), dh, s, dend.contiguous(), dg0)
-        return dh, dg0 if ctx.needs_input_grad[1] else None, None, s[0], s[1], s[2]*eta
+                      dlog_g.contiguous(), dh, s, dend.contiguous(), dg0, ctx.libraries)
+        return dh, dg0 if ctx.needs_input_grad[1] else None, None, s[0], s[1], s[2]*eta, None
 
 class _AttentionState(torch.autograd.Function):
     "The kernel with a state before and after it, through which gradients go."
@@ -2660,7 +2702,7 @@ def _attention_on_cpu(m, x, state, cut, return_state):
     if need:
         w_in = m.in_proj.weight
         w = torch.cat([w_in, m.absorb_proj.weight, w_in.new_zeros(-H % 16, m.d_model)])
-        return _Node.apply(_AttentionKernel, x, w, m.out_proj.weight, m.norm.eps, cut, *ps)
+        return _Node.apply(_AttentionKernel(), x, w, m.out_proj.weight, m.norm.eps, cut, *ps)
     through = (lambda l, x: F.linear(x, l.weight.to(t))) if whole else lambda l, x: l(x).to(t)
     x, (taps, bias, E, log_eta, weight) = x.to(t), ps
     past, g0, S = (None, None, None) if state is None else _attention_state(state, t)

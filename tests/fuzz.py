@@ -304,7 +304,8 @@ MAKE = {'plain': lambda: BKMixer(16), 'wide': lambda: BKMixer(16, expand=2, pote
         'heads of 16': lambda: BKAttention(32, 2), 'heads of 8': lambda: BKAttention(16, 2), 'one head': lambda: BKAttention(32, 1, chunk=16),
         'attention without conv': lambda: BKAttention(32, 1, conv=0),
         'u1': lambda: BKMixer(8, gauge='u1'), 'so3': lambda: BKMixer(16, gauge='so3', potential='token', frame=True), 'so3 no conv': lambda: BKMixer(8, gauge='so3', conv=0),
-        'u1 heads': lambda: BKAttention(16, 2, gauge='u1'), 'so3 heads': lambda: BKAttention(32, 2, gauge='so3')}
+        'u1 heads': lambda: BKAttention(32, 2, gauge='u1'), 'so3 heads': lambda: BKAttention(32, 2, gauge='so3'),
+        'u1 wide head': lambda: BKAttention(80, 1, gauge='u1'), 'so3 no conv, heads of 8': lambda: BKAttention(16, 2, gauge='so3', conv=0)}
 
 @functools.lru_cache(None)
 def layer_of(kind, dtype):
@@ -336,7 +337,7 @@ def leaves_of(c, s): return type(s)(leaves_of(c, x) for x in s) if isinstance(s,
 
 def layer(c, kinds):
     kind = c.pick(*kinds)
-    B, N = c.pick(1, 2, 3, 0), c.pick(1, 2, 5, 17, 40, 0)
+    B, N = c.pick(1, 2, 3, 0), c.pick(1, 2, 5, 17, 40, 70, 0)   # attention works in chunks of 64
     c.modes()
     if c.some(8, 'bf16 layer'): c.dtype = torch.bfloat16
     m, oracle = layer_of(kind, c.dtype), layer_of(kind, torch.float64)
@@ -458,7 +459,7 @@ def fuzz(cases, seed=0, only=None, seconds=None):
 
 def kernels(): # all that is used, built side by side
     from resnet_bk import cpu_kernels, decoder, fused_layers, gauge, native, sparsity
-    tables = cpu_kernels.CORE, sparsity.DECIMATED, gauge.GAUGE, gauge.GAUGE_LAYER, fused_layers.LAYER, fused_layers.ATTENTION
+    tables = cpu_kernels.CORE, sparsity.DECIMATED, gauge.GAUGE, gauge.GAUGE_LAYER, fused_layers.LAYER, fused_layers.ATTENTION, gauge.GAUGE_ATTENTION
     for t in (torch.float32, torch.float64): native.ready(*(table[t] for table in tables), quiet=True)
     half = [table[torch.bfloat16] for table in tables[4:]]
     if 'sanitize' not in os.environ.get('RESNET_BK_CXXFLAGS', ''): native.ready(*half, quiet=True)
@@ -478,7 +479,7 @@ def sanitizer_env(folder):
 BUILD = """
 import subprocess, sys, torch
 from resnet_bk import native, cpu_kernels, decoder, fused_layers, gauge, sparsity
-tables = cpu_kernels.CORE, sparsity.DECIMATED, gauge.GAUGE, gauge.GAUGE_LAYER, fused_layers.LAYER, fused_layers.ATTENTION
+tables = cpu_kernels.CORE, sparsity.DECIMATED, gauge.GAUGE, gauge.GAUGE_LAYER, fused_layers.LAYER, fused_layers.ATTENTION, gauge.GAUGE_ATTENTION
 libs = [t[k] for k in (torch.float32, torch.float64) for t in tables] + [decoder.DECODE]
 cxx, folder = native.find_compiler(), native.cache_folder()
 def start(l):
