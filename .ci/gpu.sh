@@ -21,14 +21,15 @@ part() { # name, seconds, command
 part machine 30 bash -c "nvidia-smi; nvcc --version; $python -c 'import torch, sys; print(sys.version, torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'" || failed=1
 part build 200 "$python" - <<'PY' || failed=1
 import time, torch
-from resnet_bk import cpu_kernels, decoder, fused_layers, hardware, native
+from resnet_bk import cpu_kernels, decoder, fused_layers, gauge, gauge_cuda, hardware, native
 t = time.perf_counter()
-cuda = [hardware.DEVICE, *(k['cuda'].library for k in (hardware.LAYER_KERNELS, hardware.ATTENTION_KERNELS))]
+cuda = [hardware.DEVICE, *(k['cuda'].library for k in (hardware.LAYER_KERNELS, hardware.ATTENTION_KERNELS)), gauge_cuda.FRAMES.library]
 assert native.ready(*cuda), 'no CUDA kernels'
 print(f'{len(cuda)} CUDA libraries for {hardware.DEVICE.archs}: {time.perf_counter() - t:.0f} s')
 t = time.perf_counter()
 host = [hardware.HOST, *(k['cpu'].library for k in (hardware.LAYER_KERNELS, hardware.ATTENTION_KERNELS))]
 host += [*cpu_kernels.CORE.values(), *fused_layers.LAYER.values(), *fused_layers.ATTENTION.values(), decoder.DECODE]
+host += [gauge_cuda.EMULATED_FRAMES.library, *gauge.GAUGE.values()]
 assert native.ready(*host), 'no C++ kernels'
 print(f'{len(host)} libraries of the host: {time.perf_counter() - t:.0f} s')
 PY
@@ -42,6 +43,6 @@ part commands 150 bash -c "
   $python -m resnet_bk.cli train --minutes .6 --folder \$run-2 --quiet
   $python -m resnet_bk.cli train --resume --folder \$run-2 --minutes .7 --quiet
   $python -m resnet_bk.cli train --minutes .3 --mixed_precision fp16 --folder \$run-3 --quiet" || failed=1
-for nb in 03_moe 05_learner 05e_own_loop 10_hardware; do part "$nb" 120 "$python" .ci/cells.py "nbs/$nb.ipynb" & jobs+=($!); done
+for nb in 03_moe 05_learner 05e_own_loop 10_hardware 10b_gauge_cuda; do part "$nb" 120 "$python" .ci/cells.py "nbs/$nb.ipynb" & jobs+=($!); done
 for j in "${jobs[@]}"; do wait "$j" || failed=1; done
 exit $failed

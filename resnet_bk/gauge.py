@@ -14,7 +14,8 @@ from typing import Tuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .native import Call, Cpp, CppLibrary, CPP_GUARD, may_run, op_namespace, register_kernel
+from .native import Call, Cpp, CppLibrary, CPP_GUARD, find_kernel, may_run, op_namespace
+from .native import register_kernel
 from torch.autograd import forward_ad
 from .bk_core import OptT, _dense, _lanes, _refuse, resolvent_mix
 from .cpu_kernels import _new, _scan_backward_cpp, _scan_cpp
@@ -599,34 +600,45 @@ GAUGE = {t: CppLibrary(f'bk_gauge_{n}', Cpp(f'#define REAL {c}\n') + CPP_GUARD +
 
 def _cpp(backend, x): return may_run(GAUGE, backend, x)
 
+def _brought(backend, x): # kernels that another module brings, for a device or under a name, or None
+    k = find_kernel('frames', backend or x.device.type)
+    if k is None or k.loads(x): return k
+    if backend:
+        raise ValueError(f'backend {backend!r} cannot take a {x.dtype} tensor on {x.device}, '
+                         'or its kernels could not be built')
+
 def _no_length(): raise ValueError('a quaternion of length 0 is no rotation')
 
-def _call_in(name, gauge, bonds, cut, state, v, x, W, end=None, gW=None, gend=None, du=None, dbonds=None,
-             dstate=None):
-    B, N, G = bonds.shape[:3]
-    C, dt, S = x.shape[2], W.dtype, (B, G, *gauge.bond)
-    c = Call().ints(gauge is SO3, B, N, G, C//(G*gauge.size), torch.get_num_threads())
+def _add_in(c, gauge, bonds, cut, state, v, x, W, end=None, gW=None, gend=None, du=None, dbonds=None,
+            dstate=None): # to a call: the tensors of the way in, forth and back
+    (B,N,G), C = bonds.shape[:3], x.shape[2]
+    dt, S = W.dtype, (B, G, *gauge.bond)
     c.dense('bonds', bonds, dt, (B, N, G, *gauge.bond)).dense('cut', cut, torch.bool, (B, N))
     c.dense('state', state, torch.float64, S).rows('values', v, dt, (B, N, C))
     c.dense('x', x, dt, (B, N, C)).dense('W', W, dt, (B, N, G, gauge.rotor))
     c.dense('end', end, torch.float64, S)
     c.dense('gW', gW, dt, W.shape).dense('gend', gend, torch.float64, S).dense('du', du, dt, x.shape)
-    c.dense('dbonds', dbonds, dt, bonds.shape).dense('dstate', dstate, torch.float64, S)
-    if c.enter(GAUGE[dt], name): _no_length()
+    return c.dense('dbonds', dbonds, dt, bonds.shape).dense('dstate', dstate, torch.float64, S)
+
+def _call_in(name, gauge, bonds, cut, state, v, x, W, **more):
+    (B,N,G), parts = bonds.shape[:3], x.shape[2]//(bonds.shape[2]*gauge.size)
+    c = Call().ints(gauge is SO3, B, N, G, parts, torch.get_num_threads())
+    if _add_in(c, gauge, bonds, cut, state, v, x, W, **more).enter(GAUGE[W.dtype], name): _no_length()
 
 # %% ../nbs/02c_gauge.ipynb #d15b52d5
 @torch.library.custom_op(f'{OPS}::gauge_in', mutates_args=())
 def gauge_in_op(kind:str, bonds:Tensor, u:Tensor, cut:OptT, state:OptT,
                 backend:str) -> Tuple[Tensor, Tensor, Tensor]:
     "Values in the frame of the Wilson line, its rotors, and the state after the last token."
-    gauge = _KINDS[kind]
+    gauge, k = _KINDS[kind], _brought(backend, u)
+    if k is not None: return k.gauge_in(gauge, bonds, u, cut, state)
     if not _cpp(backend, u):
         if gauge is SO3 and any((t == 0).all(-1).any() for t in (bonds, state) if t is not None): _no_length()
         return tuple(t.clone() for t in _in_ref(gauge, bonds, u, cut, state))
     (B,N,G), new = bonds.shape[:3], lambda *s, dtype=u.dtype: torch.empty(*s, dtype=dtype, device='cpu')
     bonds, cut, state, u = _dense(bonds), _dense(cut), _dense(state), _lanes(u)
     x, W, end = new(u.shape), new(B, N, G, gauge.rotor), new(B, G, *gauge.bond, dtype=torch.float64)
-    _call_in('bk_gauge_in', gauge, bonds, cut, state, u, x, W, end)
+    _call_in('bk_gauge_in', gauge, bonds, cut, state, u, x, W, end=end)
     return x, W, end
 
 @gauge_in_op.register_fake
@@ -639,14 +651,15 @@ def _(kind, bonds, u, cut, state, backend):
 def gauge_in_backward_op(kind:str, gx:Tensor, gW:OptT, gend:OptT, x:Tensor, W:Tensor, bonds:Tensor, cut:OptT,
                          state:OptT, backend:str) -> Tuple[Tensor, Tensor, Tensor]:
     "Adjoint of `gauge_in`: gradients of u, the bonds and the state (of the identity, where there is none)."
-    gauge = _KINDS[kind]
+    gauge, k = _KINDS[kind], _brought(backend, x)
     if state is None: state = _identity(gauge, bonds)
+    if k is not None: return k.gauge_in_backward(gauge, gx, gW, gend, x, W, bonds, cut, state)
     if not _cpp(backend, x) or not x.shape[1]:
         return tuple(t.clone() for t in _in_backward_ref(gauge, gx, gW, gend, x, W, bonds, cut, state))
     bonds, cut, state, x, W, gW, gend = map(_dense, (bonds, cut, state, x, W, gW, gend))
     du, dbonds, dstate = (torch.empty_like(t) for t in (x, bonds, state))
-    _call_in('bk_gauge_in_backward', gauge, bonds, cut, state, _lanes(gx), x, W, None, gW, gend,
-             du, dbonds, dstate)
+    _call_in('bk_gauge_in_backward', gauge, bonds, cut, state, _lanes(gx), x, W, gW=gW, gend=gend,
+             du=du, dbonds=dbonds, dstate=dstate)
     return du, dbonds, dstate
 
 # %% ../nbs/02c_gauge.ipynb #44a11203
@@ -671,23 +684,28 @@ def _in_autograd(ctx, gx, gW, gend):
 torch.library.register_autograd(gauge_in_op, _in_autograd, setup_context=_in_setup)
 
 # %% ../nbs/02c_gauge.ipynb #c649c680
-def _call_out(name, gauge, W, y, o=None, g=None, dy=None, dW=None):
-    (B,N,G,_), dt, shape = W.shape, W.dtype, y.shape
+def _add_out(c, W, y, o=None, g=None, dy=None, dW=None): # to a call: the tensors of the way back out
+    c.dense('W', W, W.dtype, W.shape)
+    for n,t in (('y', y), ('o', o), ('g', g), ('dy', dy)): c.dense(n, t, y.dtype, y.shape)
+    return c.dense('dW', dW, W.dtype, W.shape)
+
+def _call_out(name, gauge, W, y, **more):
+    B, N, G, _ = W.shape
     c = Call().ints(gauge is SO3, B*N, G, 1 + y.is_complex(), torch.get_num_threads())
-    c.dense('W', W, dt, W.shape)
-    for n,t in (('y', y), ('o', o), ('g', g), ('dy', dy)): c.dense(n, t, y.dtype, shape)
-    c.dense('dW', dW, dt, W.shape).enter(GAUGE[dt], name)
+    _add_out(c, W, y, **more).enter(GAUGE[W.dtype], name)
 
 def _one_part(gauge, W, y): return y.shape[2] == W.shape[2]*gauge.size and y.shape[:2].numel()
 
+# %% ../nbs/02c_gauge.ipynb #gc0dacc3
 @torch.library.custom_op(f'{OPS}::gauge_out', mutates_args=())
 def gauge_out_op(kind:str, W:Tensor, y:Tensor, backend:str) -> Tensor:
     "Values turned by the rotors, out of the frame of the line."
-    gauge = _KINDS[kind]
+    gauge, k = _KINDS[kind], _brought(backend, W)
+    if k is not None: return k.gauge_out(gauge, W, y)
     if not _cpp(backend, W) or not _one_part(gauge, W, y): return _out_ref(gauge, W, y).clone()
     W, y = _dense(W), _dense(y)
     out = torch.empty_like(y)
-    _call_out('bk_gauge_out', gauge, W, y, out)
+    _call_out('bk_gauge_out', gauge, W, y, o=out)
     return out
 
 @gauge_out_op.register_fake
@@ -696,12 +714,13 @@ def _(kind, W, y, backend): return y.new_empty(y.shape)
 @torch.library.custom_op(f'{OPS}::gauge_out_backward', mutates_args=())
 def gauge_out_backward_op(kind:str, g:Tensor, W:Tensor, y:Tensor, backend:str) -> Tuple[Tensor, Tensor]:
     "Adjoint of `gauge_out`: gradients of y and W."
-    gauge = _KINDS[kind]
+    gauge, k = _KINDS[kind], _brought(backend, W)
+    if k is not None: return k.gauge_out_backward(gauge, g, W, y)
     if not _cpp(backend, W) or not _one_part(gauge, W, y):
         return tuple(t.clone() for t in _out_backward_ref(gauge, g, W, y))
     g, W, y = _dense(g), _dense(W), _dense(y)
     dy, dW = torch.empty_like(y), torch.empty_like(W)
-    _call_out('bk_gauge_out_backward', gauge, W, y, None, g, dy, dW)
+    _call_out('bk_gauge_out_backward', gauge, W, y, g=g, dy=dy, dW=dW)
     return dy, dW
 
 @gauge_out_backward_op.register_fake
@@ -753,7 +772,7 @@ def to_frame(
     u:Tensor,          # (B, N, K·G·m) values, m = 2 or 4 channels a group; K parts share the lines
     cut:Tensor=None,   # (B, N) bool, true where a new document begins
     state:Tensor=None, # (B, G) phase or (B, G, 4) quaternion of the token before
-    backend:str=None,  # 'reference' or 'cpp'; None = the best that loads
+    backend:str=None,  # 'reference', 'cpp', 'cuda' or 'emulated' (10b); None = the best that loads
 ):                     # W⁻¹u, the rotors W (B, N, G, 2 or 4), and the state, double, after the last token
     """Values as seen from a frame that turns with the Wilson line `W_i = U_i W_{i-1}`. Before the first
     token, and before a cut, W is the identity. Exact gradients, once. `ValueError` for what does not fit."""
@@ -767,13 +786,13 @@ def from_frame(
     gauge,            # `U1` or `SO3`
     W:Tensor,         # (B, N, G, 2 or 4) rotors, of length 1, as `to_frame` gives them
     y:Tensor,         # (B, N, K·G·m) real or complex
-    backend:str=None, # 'reference' or 'cpp'; None = the best that loads
+    backend:str=None, # as for `to_frame`
 )->Tensor:            # (B, N, K·G·m), W y
     "Values turned back from the frame of the Wilson line. `ValueError` for what does not fit."
-    known = torch.float32, torch.float64
+    known = {torch.float32: torch.complex64, torch.float64: torch.complex128}
     if not _real(W) or W.ndim != 4 or W.shape[3] != gauge.rotor or W.dtype not in known:
         _refuse('W', f'float32 or float64 (B, N, G, {gauge.rotor})', W)
-    G, types = W.shape[2], (W.dtype, W.dtype.to_complex())
+    G, types = W.shape[2], (W.dtype, known[W.dtype])
     if (not isinstance(y, Tensor) or y.ndim != 3 or y.shape[:2] != W.shape[:2] or y.device != W.device
         or y.dtype not in types):
         _refuse('y', f'{W.dtype} or complex {(*W.shape[:2], "C")} on {W.device}', y)

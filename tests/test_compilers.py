@@ -1,13 +1,13 @@
 "All C++ of the package with every compiler of the list that is installed, with and without OpenMP; a value from another than the usual one."
 import os, shutil, subprocess, sys
 import pytest, torch
-from resnet_bk import native, cpu_kernels, decoder, fused_layers, gauge, hardware, sparsity
+from resnet_bk import native, cpu_kernels, decoder, fused_layers, gauge, gauge_cuda, hardware, sparsity
 
 NAMES = [f'g++-{n}' for n in range(9, 15)] + [f'clang++-{n}' for n in range(14, 20)]
 found = [c for c in NAMES if shutil.which(c)] or [c for c in ('g++', 'clang++') if shutil.which(c)]
 LIBRARIES = [*cpu_kernels.CORE.values(), *fused_layers.LAYER.values(), *fused_layers.ATTENTION.values(), decoder.DECODE]
 LIBRARIES += [l for table in (gauge.GAUGE, gauge.GAUGE_LAYER, gauge.GAUGE_ATTENTION, sparsity.DECIMATED) for l in table.values()]
-LIBRARIES += [hardware.HOST, *(k['cpu'].library for k in (hardware.LAYER_KERNELS, hardware.ATTENTION_KERNELS))]
+LIBRARIES += [gauge_cuda.EMULATED_FRAMES.library, hardware.HOST, *(k['cpu'].library for k in (hardware.LAYER_KERNELS, hardware.ATTENTION_KERNELS))]
 
 def _takes(cxx, flag, folder): return native._compiles(cxx, [flag], folder)
 

@@ -1,12 +1,13 @@
 "The CUDA sources compile for the architectures we name, GPU or not; and the command line of the check."
 import ctypes, os, subprocess, sys
 import pytest, torch
-from resnet_bk import hardware, native
+from resnet_bk import gauge_cuda, hardware, native
 
 @pytest.mark.skipif(hardware.find_nvcc() is None, reason='no nvcc here')
-@pytest.mark.parametrize('name,symbol', [('CUDA_CORE', 'bk_scan_f32'), ('LAYER_SOURCE', 'bk_layer'), ('ATTENTION_SOURCE', 'bk_attention')])
-def test_nvcc(name, symbol, tmp_path):
-    said = hardware.compile_cuda(getattr(hardware, name), tmp_path/'k.so', ((8, 0), (9, 0)))
+@pytest.mark.parametrize('module,name,symbol', [(hardware, 'CUDA_CORE', 'bk_scan_f32'), (hardware, 'LAYER_SOURCE', 'bk_layer'),
+                                                (hardware, 'ATTENTION_SOURCE', 'bk_attention'), (gauge_cuda, 'GAUGE_SOURCE', 'bk_gauge_in')])
+def test_nvcc(module, name, symbol, tmp_path):
+    said = hardware.compile_cuda(getattr(module, name), tmp_path/'k.so', ((8, 0), (9, 0)))
     assert 'warning' not in said
     lib = ctypes.CDLL(str(tmp_path/'k.so'))
     assert hasattr(lib, symbol)

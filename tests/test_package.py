@@ -91,7 +91,7 @@ def test_every_notebook_shows_something():
     ('adaptive', 'ACT AdaptiveResNetBKBlock Looped early_exit generate_early ExitLosses on_sites layers_executed'), ('multiscale', 'MultiScaleResNetBKBlock CausalDown CausalUp'), ('sparsity', 'decimated_mix decimate SparseMixer SparseTraining gumbel_sigmoid chain_sites TopPMoE top_p_choice'),
     ('system', 'Curriculum Selection TokenNoise Transfer difficulty PacedBatches compare_fixed_compute'), ('gradient_cache', 'cached_backward WholeStepBalance GradientReuse signature'),
     ('distributed', 'on_processes step_bytes scale_table BytesSent ShardedFormat'), ('context', 'context_parallel ContextParallel Processes across part_of split check_context'),
-    ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
+    ('hardware', 'CUDAOptimizedBKCore gpu_check'), ('gauge_cuda', 'FrameKernels'), ('benchmarks', 'gpu_benchmark'), ('checkpoints', 'Checkpointer write_checkpoint newest_checkpoint'), ('stability', 'NumericalStabilityMonitor first_bad_module'),
     ('model', 'Registry ModelConfig ResNetBK ResNetBKBlock load_parts hidden_states take_aux_losses'), ('moe_training', 'MoEBalance'), ('carried_state', 'CarryState detached'), ('physics', 'PhysicsInformedBKLayer EnergyConstraint DualAscent SymplecticSGD leapfrog velocity wave_energy expect_energy prefix_response schrodinger_step energy_layers energy_drift physics_mixer'), ('own_loop', 'MixedPrecisionTrainer capture_step undone'),
     ('learner', 'Learner TrainingMetrics Callback Parallel register_metric register_option'), ('data', 'LMData get_tokenizer Lanes Place'), ('cli', 'bk_train bk_generate bk_compress')])
 def test_promised_names(module, names):
@@ -102,6 +102,20 @@ def test_titles_stand_alone():
     for p,nb in notebooks.items():
         title = next(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
         assert re.fullmatch(r'# [^\n]+\n+> [^\n]+', title.strip()), f'{p.name}: the docs drop whatever shares a cell with the title'
+
+ANNOUNCED = """
+import importlib, sys
+from resnet_bk import native
+for line in sys.argv[1:]:
+    name, module = line.split('=')
+    importlib.import_module(module)
+    assert native._KERNELS.get(tuple(name.split('.'))) is not None, line
+"""
+def test_kernels_are_where_they_are_announced():
+    cfg = ConfigParser(delimiters=['=']); cfg.read(top/'settings.ini', encoding='utf8')
+    lines = [l.strip() for l in cfg['DEFAULT']['kernels'].splitlines()]
+    assert {'ops.cuda', 'layers.cuda', 'frames.cuda', 'gauge.so3'} <= {l.split('=')[0] for l in lines}
+    subprocess.run([sys.executable, '-c', ANNOUNCED, *lines], check=True)
 
 def test_settings():
     cfg = ConfigParser(delimiters=['=']); cfg.read(top/'settings.ini', encoding='utf8'); cfg = cfg['DEFAULT']
