@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'MODELS', 'OURS', 'GAUGED', 'PILOT', 'BUDGETS', 'GRID', 'START', 'CARRIED', 'FACTORS', 'FILLER', 'text_data',
-           'Run', 'train', 'name_of', 'read_runs', 'run_all', 'compare', 'step_times', 'with_time', 'tried',
-           'next_rate', 'tune', 'read_times', 'measure_times', 'pilots', 'chosen', 'longer', 'plan', 'main',
-           'comparison', 'bits_by_length', 'gap_batch', 'GapData', 'gap_accuracy']
+           'Run', 'train', 'read_runs', 'run_all', 'compare', 'step_times', 'with_time', 'tried', 'next_rate', 'tune',
+           'read_times', 'measure_times', 'pilots', 'chosen', 'longer', 'plan', 'main', 'comparison', 'bits_by_length',
+           'gap_batch', 'GapData', 'gap_accuracy']
 
 # %% ../nbs/15b_language.ipynb #bfed614f
-import json, math, os, sys, time, torch
+import json, sys, torch
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .native import keep_memory, time_together
 from .data import LMData, mqar_batch
-from .model import ModelConfig, ResNetBK, init_unigram
-from .learner import Learner, set_seed
+from .model import ModelConfig, ResNetBK
 from .carried_state import CarryState
 from .equilibrium import paired_interval
-from .benchmarks import GPT, LSTM, RecallData, machine, table, train_step
+from .benchmarks import GPT, LSTM, RecallData, machine, table, train_once, train_step
 
 # %% ../nbs/15b_language.ipynb #8a61c318
 _manual = '/usr/share/doc/python3.11/html/_sources/library'
@@ -66,33 +65,18 @@ class Run:
     seed:int = 0      # of weights and batches
     bf16:bool = False # autocast
     carried:bool = False # each row starts from the state that the row before left
-    watch:int = 0     # steps between validations on the way; 0: at the end only
 
 # %% ../nbs/15b_language.ipynb #b30ea85f
-def train(r:Run, folder=None, progress:bool=False)->tuple: # (model, result)
-    "Train as `r` says and validate on the whole validation text. With a `folder`, weights are kept there."
+def train(r:Run, progress:bool=False)->tuple: # (model, result)
+    "Train as `r` says, validate on the whole validation text. `ValueError` for an unknown text or model."
     if r.model not in MODELS: raise ValueError(f'no model {r.model!r}; have {", ".join(MODELS)}')
     keep_memory()
     data = text_data(r.text, r.rows, r.context, r.seed, r.carried)
-    set_seed(r.seed)
-    model = init_unigram(MODELS[r.model](data.vocab_size, r.context), data.train_tokens)
-    learn = Learner(model, data, lr=r.lr, seed=r.seed, mixed_precision='bf16' if r.bf16 else 'no',
-                    cbs=[CarryState()] if r.carried else None, eval_every=r.watch, eval_batches=None,
-                    checkpoint_every=0, log_every=r.watch or 100, progress=progress)
-    t = time.perf_counter()
-    learn.fit(steps=r.steps)
-    t = time.perf_counter() - t
-    # the learner ends in order when it is told to; half a run is no result
-    if learn.step < r.steps: raise KeyboardInterrupt(f'stopped after {learn.step} of {r.steps} steps')
-    end = learn.evaluate()
-    way = [[m.tokens, m.valid_nats] for m in learn.history if m.valid_nats is not None] if r.watch else []
-    size = sum(p.numel() for p in model.parameters())
-    if folder: torch.save(model.state_dict(), Path(folder)/f'{name_of(r)}.pt')
-    return model, dict(asdict(r), nats=end['nats'], bpb=end['bpb'], params=size, seconds=t, curve=way)
-
-def name_of(r:Run)->str: # for a file
-    "The run in a few characters."
-    return '-'.join(str(v).replace(', ', '_').replace(' ', '') for v in asdict(r).values())
+    end = train_once(lambda: MODELS[r.model](data.vocab_size, r.context), data, r.steps, r.lr, r.seed,
+                     mixed_precision='bf16' if r.bf16 else 'no', cbs=[CarryState()] if r.carried else None,
+                     progress=progress)
+    model, size = end['model'], sum(p.numel() for p in end['model'].parameters())
+    return model, dict(asdict(r), nats=end['nats'], params=size, seconds=end['seconds'])
 
 # %% ../nbs/15b_language.ipynb #0b899e46
 def read_runs(file)->dict: # Run -> result
@@ -107,13 +91,13 @@ def _add(result, file): # in one write, so that processes may share a file
     line = json.dumps(dict(result, machine=machine())) + '\n'
     with open(file, 'a', encoding='utf8') as f: f.write(line)
 
-def run_all(runs, file, folder=None, progress:bool=True)->dict: # Run -> result, of all in the file
+def run_all(runs, file, progress:bool=True)->dict: # Run -> result, of all in the file
     "Make the runs that `file` does not hold yet, and add each to it as soon as it is done."
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     for r in tqdm([r for r in runs if r not in read_runs(file)], "runs", disable=not progress):
         if r in read_runs(file): continue # another process was faster
-        _, result = train(r, folder)
+        _, result = train(r)
         _add(result, file)
     return read_runs(file)
 
@@ -176,6 +160,7 @@ def tune(run:Run, file, **kw)->float: # kw for `run_all`
 # %% ../nbs/15b_language.ipynb #dd94b283
 def read_times(file)->dict: # budget -> (model, bf16) -> ms
     "The times of a step that a file of results holds."
+    if not Path(file).exists(): return {}
     return {r['budget']: {(n, b): ms for n,b,ms in r['times']} for r in _lines(file) if 'times' in r}
 
 def measure_times(file, rounds:int=9)->dict: # as `read_times`
@@ -197,12 +182,15 @@ def pilots(times:dict, text:str='Shakespeare')->list: # runs to `tune`, see `rea
 
 def chosen(results:dict, times:dict, budget:str, text:str='Shakespeare')->dict: # name -> run with its rate
     """Whom the seeds compare in a budget: ours with the depth that pilots found best in the LSTM's time, ours
-    with the LSTM's steps, and the rivals. A rival that bfloat16 makes faster takes part with that as well."""
+    with the LSTM's steps, and the rivals. A rival that bfloat16 makes faster takes part with that as well, at
+    the rate of its float32. `ValueError` where no rate of ours or of the LSTM was tried."""
     t = times[budget]
     runs = [r for r in pilots(times, text) if r.context == BUDGETS[budget]['context']]
     runs = [replace(r, lr=min(x, key=x.get)) for r in runs if (x := tried(results, r))]
     best = lambda r: min(tried(results, r).values())
     by = {r.model: r for r in runs}
+    if not {'LSTM', 'ResNet-BK'} <= by.keys():
+        raise ValueError(f'{budget}: no rate was tried for {text}; see `tune`')
     ours = min((r for r in runs if r.model in OURS.values()), key=best)
     out = {'ours, its time': ours, 'ours, its steps': replace(by['ResNet-BK'], bf16=False,
                                                               steps=BUDGETS[budget]['steps'])}
@@ -248,12 +236,22 @@ def main(argv=None)->int: # exit code
     p.add_argument('--share', default='0/1', metavar='I/N', help='do every Nth run, from the Ith on: start N '
                    'processes to use N cores')
     a = p.parse_args(argv)
-    i, n = map(int, a.share.split('/'))
+    try:
+        i, n = map(int, a.share.split('/'))
+        seeds = [int(s) for s in a.seeds.split(',')]
+        if not 0 <= i < n: raise ValueError
+    except ValueError:
+        p.error(f'want --share I/N with 0 <= I < N and --seeds 0,1,...; got {a.share}, {a.seeds}')
+    times = read_times(a.file)
+    if a.what != 'times' and not times: p.error(f'{a.file} holds no times of a step: `times` comes first')
     torch.set_num_threads(1)
     if a.what == 'times': measure_times(a.file)
     elif a.what == 'rates':
-        for r in pilots(read_times(a.file))[i::n]: tune(r, a.file)
-    else: run_all(plan(read_runs(a.file), read_times(a.file), map(int, a.seeds.split(',')))[i::n], a.file)
+        for r in pilots(times)[i::n]: tune(r, a.file)
+    else:
+        try: runs = plan(read_runs(a.file), times, seeds)
+        except ValueError as e: p.error(f'{a.file}: {e}: `rates` comes before `runs`')
+        run_all(runs[i::n], a.file)
     return 0
 
 # %% ../nbs/15b_language.ipynb #f649788d
