@@ -203,7 +203,7 @@ def chosen(results:dict, times:dict, budget:str, text:str='Shakespeare')->dict: 
 # %% ../nbs/15b_language.ipynb #3a2e868b
 CARRIED = '12×64' # the budget whose rows are so short that a carried state should matter
 
-FACTORS = (.25, 4) # times the budget
+FACTORS = (.25, 2) # times the budget
 def longer(run:Run, factor:float)->Run: return replace(run, steps=round(run.steps*factor))
 
 def plan(results:dict, times:dict, seeds=range(5), texts=('Shakespeare', 'stdlib', 'manual'))->list: # of runs
