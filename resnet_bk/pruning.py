@@ -295,6 +295,7 @@ def measure_energy(
 def _solve(s, m, n):
     "Two unknowns; if no ε > 0 can carry β, or m does not vary, α alone."
     scale = s[:,:2].diagonal().sqrt()
+    if not (scale.isfinite() & (scale > 0)).all(): return 1., 0. # nothing that could be measured came by
     A, b = s[:,:2]/scale/scale[:,None], s[:,2:]/scale[:,None]
     alpha, beta = (torch.linalg.lstsq(A, b, driver='gelsd').solution[:,0]/scale).tolist()
     if alpha > 0 and beta > -.5*_eps(m.norm): return alpha, beta
