@@ -37,13 +37,13 @@ from .sparsity import SparseMixer, SparseTraining
 from .system import Curriculum, Selection
 from .gradient_cache import GradientReuse
 from .distributed import kept_bytes
-import resnet_bk.fused_layers, resnet_bk.hardware, resnet_bk.multiscale
+import resnet_bk.multiscale
 
 # %% ../nbs/13_configurable.ipynb #ce32ee21
 @FFNS.register('sparse_moe', init=True)
 @delegates(SparseMoE)
 def sparse_moe_ffn(config, **kwargs)->SparseMoE:
-    "The feed-forward 'sparse_moe', a mixture of experts under autograd; it takes the arguments of `SparseMoE`."
+    "The feed-forward 'sparse_moe', experts under autograd; it takes the arguments of `SparseMoE`."
     return SparseMoE(config.d_model, **kwargs)
 
 # %% ../nbs/13_configurable.ipynb #81f8cfcf
@@ -53,7 +53,7 @@ def continue_diag(
     g:Tensor=None,   # complex (B, C): `g` of the last site before; None: the chain begins here
     hop:Tensor=None, # (B, N, C) bonds to the site before, 0 where a document begins; None = 1
 )->Tensor:           # complex (B, N, C)
-    "`resolvent_diag(v, z, causal=True)` of a chain that goes on: the past is a self-energy of its first site."
+    "The causal `resolvent_diag` of a chain that goes on: the past is a self-energy of its first site."
     inner = None if hop is None else hop[:,1:]
     if g is None or not v.shape[1]: return resolvent_diag(v, z, hop=inner, causal=True)
     past = g if hop is None else g*hop[:,0].square()
@@ -65,13 +65,13 @@ def continue_diag(
 
 # %% ../nbs/13_configurable.ipynb #288eb0ae
 class BlendedMixer(BlendedBKMixer):
-    """`BlendedBKMixer` with a state, so that its model decodes; the state is `g` of the last token, (B, heads).
+    """`BlendedBKMixer` with a state, so that its model decodes: `g` of the last token, (B, heads).
     `ValueError` for a state while training: a blend is defined for whole chains."""
     def forward(self, x, state=None, cut=None, return_state=False):
         if state is None and not return_state: return super().forward(x, None, cut)
         if self.training and self.grad_blend != 'exact':
-            raise ValueError(f'grad_blend={self.grad_blend!r} is the gradient of a whole chain: train without '
-                             'a state')
+            raise ValueError(f'grad_blend={self.grad_blend!r} is the gradient of a whole chain: train '
+                             'without a state')
         if not self.causal: raise ValueError('a two-sided layer keeps no state; use causal=True')
         v = self.v_max*torch.tanh(self.v_proj(x).float()/self.v_max)
         hop = None if cut is None else (~cut)[...,None].to(v.dtype).expand_as(v)
@@ -123,7 +123,7 @@ class ResNetBKConfig(ModelConfig):
     use_pruning:bool=False
     prune_share:float=.5              # of the units that is kept
     use_distillation:bool=False
-    use_cuda_kernels:bool=False       # no training on a GPU without them; they are used whenever they are there
+    use_cuda_kernels:bool=False       # no training on a GPU without them; where they are, they are used
     use_mixed_precision:bool=False
     use_act:bool=False
     act_steps:int=2                   # most passes of a block
@@ -138,16 +138,20 @@ class ResNetBKConfig(ModelConfig):
     pool:int=4                        # windows read for one that is kept
     use_gradient_caching:bool=False
 
-    def __post_init__(self):
-        for k in SWITCHES:
-            if not isinstance(v := getattr(self, k), bool): raise ValueError(f'{k}: want True or False; got {v!r}')
-        super().__post_init__()
-        self.model_config()
-
-    def mixer_of(self, i): # a `ResNetBK` asks for it; it would build a model without what is switched on
-        raise ValueError('a ResNetBKConfig is for ConfigurableResNetBK; a ResNetBK wants config.model_config()')
-
 SWITCHES = tuple(f.name for f in fields(ResNetBKConfig) if f.name.startswith('use_'))
+
+# %% ../nbs/13_configurable.ipynb #323b4b79
+@patch
+def __post_init__(self:ResNetBKConfig):
+    for k in SWITCHES:
+        v = getattr(self, k)
+        if not isinstance(v, bool): raise ValueError(f'{k}: want True or False; got {v!r}')
+    ModelConfig.__post_init__(self)
+    self.model_config()
+
+@patch
+def mixer_of(self:ResNetBKConfig, i): # a `ResNetBK` asks; it would build a model without what is switched on
+    raise ValueError('a ResNetBKConfig is for ConfigurableResNetBK; a ResNetBK wants its model_config()')
 
 # %% ../nbs/13_configurable.ipynb #d0334001
 @patch
@@ -165,8 +169,8 @@ def _mixers(self:ResNetBKConfig)->tuple: # one for each layer
     if given in (ModelConfig.mixer, ('resolvent',)) and taken:
         least = len(taken) + ('physics' in taken)
         if n < least:
-            raise ValueError(f'{", ".join(taken.values())}: one layer for each, two where there is an energy, '
-                             f'want n_layers={least} or more; got n_layers={n}')
+            raise ValueError(f'{", ".join(taken.values())}: a layer for each, two for energies, want '
+                             f'n_layers={least} or more; got n_layers={n}')
         turns = [m for _ in range(n) for m in taken][:n]
         layers = layers[:1] + turns[:n-1] if n > least else turns
     for mixer,switch in taken.items():
@@ -175,8 +179,8 @@ def _mixers(self:ResNetBKConfig)->tuple: # one for each layer
             raise ValueError(f'{switch} wants {want} {mixer!r} layer(s); mixer={given} gives '
                              f'{layers.count(mixer)} of {n}')
     if self.use_act and set(layers) == {'physics'}:
-        raise ValueError('use_act wants a layer without an energy beside use_physics_informed: its tokens halt; '
-                         f'got the layers {layers}: more n_layers, or another mixer')
+        raise ValueError('use_act wants a layer without an energy beside use_physics_informed: its tokens '
+                         f'halt; got the layers {layers}: more n_layers, or another mixer')
     return tuple(layers) if taken else given
 
 # %% ../nbs/13_configurable.ipynb #114adea4
@@ -184,7 +188,7 @@ def _mixers(self:ResNetBKConfig)->tuple: # one for each layer
 def _ffn(self:ResNetBKConfig)->tuple: # name and arguments
     if not self.use_moe: return self.ffn, self.ffn_kw
     if self.ffn is not None:
-        raise ValueError(f'ffn={self.ffn!r} and use_moe=True both want the feed-forward: leave one of them out')
+        raise ValueError(f'ffn={self.ffn!r} and use_moe=True both want the feed-forward: leave one out')
     name = 'pruned_moe' if self.use_pruning else 'moe' if self.use_analytic_gradient else 'sparse_moe'
     return name, dict(num_experts=self.num_experts, top_k=self.top_k) | self.ffn_kw
 
@@ -257,7 +261,8 @@ class CachedGradients(GradientReuse):
         fits = lambda gs: len(gs) == len(shapes) and all(g is None or g.shape == s for g,s in zip(gs, shapes))
         self.cache = [e for e in self.cache if fits(e[1])]
         super().before_batch()
-        for g in self.guests: g.asleep = self.use is not None
+        # rounding looks at weights only, and follows them through a cut
+        for g in self.guests: g.asleep = self.use is not None and not isinstance(g.cb, QAT)
 
     def _ask(self, part):
         player = next((g.cb for g in self.guests if hasattr(g.cb, part) and not _idle(g.cb)), None)
@@ -318,8 +323,8 @@ def _qat(c):
 
 # %% ../nbs/13_configurable.ipynb #c47c6e34
 class ConfigurableResNetBK(ResNetBK):
-    """The model of these switches, `(B, N)` tokens → `(B, N, vocab)` logits; `callbacks` and `learner` train it
-    as they say. `ValueError` for what does not go together."""
+    """The model of these switches, `(B, N)` tokens → `(B, N, vocab)` logits; `callbacks` and `learner` train
+    it as they say. `ValueError` for what does not go together."""
     def __init__(self,
         config:dict|ModelConfig, # a `ResNetBKConfig`, the notes' dict, or what `save_pretrained` wrote
     ):
@@ -332,7 +337,7 @@ class ConfigurableResNetBK(ResNetBK):
 
     @property
     def switches(self)->ResNetBKConfig:
-        if self._switches is None: raise ValueError('this model was saved without switches (no switches.json)')
+        if self._switches is None: raise ValueError('this model was saved without switches.json')
         return self._switches
 
     @classmethod
@@ -346,7 +351,7 @@ class ConfigurableResNetBK(ResNetBK):
     def _can_prune(self):
         try: prunable(self)
         except ValueError as e:
-            raise ValueError(f'use_pruning finds nothing that it can cut in the mixers {self.config.mixer} with '
+            raise ValueError(f'use_pruning finds nothing to cut in the mixers {self.config.mixer} with '
                              f'use_moe={self._switches.use_moe}: {e}') from None
 
 _OWN = tuple(f.name for f in fields(ResNetBKConfig) if f.name not in ModelConfig.__dataclass_fields__)
@@ -374,12 +379,13 @@ def learner(self:ConfigurableResNetBK,
     `use_cuda_kernels` is on and a GPU has none."""
     if self.switches.use_mixed_precision: kw = dict(mixed_precision='bf16') | kw
     if self.switches.use_cuda_kernels: _check_kernels(kw.get('device'))
-    return Learner(self, data, cbs=[NumericalStabilityMonitor(), *self.callbacks(teacher), *listify(cbs)], **kw)
+    cbs = [NumericalStabilityMonitor(), *self.callbacks(teacher), *listify(cbs)]
+    return Learner(self, data, cbs=cbs, **kw)
 
 def _check_kernels(device):
     if not torch.cuda.is_available() or str(device or 'cuda').partition(':')[0] != 'cuda': return
-    for kind in ('ops', 'layers'): found = find_kernel(kind, 'cuda')
-    if found is None or find_kernel('ops', 'cuda').library.load() is None:
+    kernels = find_kernel('ops', 'cuda')
+    if kernels is None or kernels.library.load() is None:
         raise ValueError('use_cuda_kernels: the CUDA kernels could not be built; see the line above')
 
 @patch
@@ -406,15 +412,17 @@ CONFIGS = dict(baseline=BASELINE_CONFIG, step2=STEP2_CONFIG, step2_full=STEP2_FU
 
 # %% ../nbs/13_configurable.ipynb #1e690203
 CostFactor = namedtuple('CostFactor', 'switch claimed measured of where said but')
-_L = lambda *a: CostFactor(*a)
+_L = CostFactor
 LEDGER = [ # `said`: what the notebook printed
-    _L('base', 10., 1.332, 'time of a layer against fused attention, N=128, forward and backward', '15_benchmarks',
+    _L('base', 10., 1.332, 'time of a layer, N=128, forward and backward, against fused attention',
+       '15_benchmarks',
        '128        22.256          27.469         29.652           1.332', '14 times at N=8192'),
     _L('use_analytic_gradient', 50., 65.3, 'time of the backward pass of BK-Core alone, against autograd',
        '06_gradients', 'backward: kernel against autograd through pivots                50×       65.3×',
        'the blend α=0.5 ends at 2.271 nats, no gradient at 2.213, the exact one at 2.152'),
     _L('use_koopman', 2., 215/368, 'steps in equal time', '07b_koopman',
-       'hybrid, K by gradient               215        1.876   +0.110 ± 0.025', '0.110 nats worse at equal time'),
+       'hybrid, K by gradient               215        1.876   +0.110 ± 0.025',
+       '0.110 nats worse at equal time'),
     _L('use_physics_informed', 1.5, None, 'time', '08_physics', '+0.006 ± 0.013',
        'only the loss was measured: +0.006 ± 0.013 nats, a draw'),
     _L('use_moe', 10., 4.30, 'time of the feed-forward, 1 of 4 experts against all four', '03_moe',
@@ -423,7 +431,7 @@ LEDGER = [ # `said`: what the notebook printed
     _L('use_quantization', 4., 3.72, 'bytes of the file, 8 bits', '09_quantization',
        'mse                               8    3.72×    +0.00 %', 'training takes longer, not shorter'),
     _L('use_pruning', 4., 1.27, 'bytes of the file, by the stage alone', '09d_compression',
-       'prune          146,744    1.50×   1.27×      35,806', 'a small model'),
+       'prune            146,744    1.50×   1.27×      35,806', 'a small model'),
     _L('use_distillation', 6., 3.07, 'bytes of the file, student against teacher', '09d_compression',
        'distill          960,380    3.07×   3.07×     239,395     4.544  +10.6%',
        'with much text the same student alone is better, in as much time'),
@@ -446,7 +454,8 @@ LEDGER += [
     _L('use_curriculum', 1.4, 150/150, 'steps at equal compute', '12_system',
        'curriculum, compression    150   1.828  -0.002 ± 0.007  draw', 'no gain'),
     _L('use_active_learning', 2., 64/150, 'steps at equal compute', '12_system',
-       'selection, loss             64   1.992  -0.166 ± 0.006  worse', 'reading four windows for one costs more'),
+       'selection, loss             64   1.992  -0.166 ± 0.006  worse',
+       'reading four windows for one costs more'),
     _L('use_gradient_caching', 1.25, 8.6/6.8, 'time of a step, 64 % from the cache', '12b_gradient_cache',
        'tested        rate 0.003: 2.260,   414 steps, 63.8% from the cache, 6.8 ms a step',
        '0.080 nats worse than the plain method at its best rate'),
@@ -489,6 +498,7 @@ def op_flops()->dict: # op → formula, as `FlopCounterMode` wants them
 register_metric('forward_flops', 'operations of the forward passes and losses of a step; by `FlopCount`')
 register_metric('backward_flops', 'operations of the backward passes of a step; by `FlopCount`')
 
+# %% ../nbs/13_configurable.ipynb #63d829a7
 class FlopCount(Callback):
     "Counts the operations of one step in `every`, and logs `forward_flops` and `backward_flops`."
     order = -200 # before all others at the beginning of a step, and before the evaluation at its end
@@ -536,7 +546,7 @@ class BenchmarkResults:
     flops_per_token:int                  # of those that were trained on
     num_parameters:int                   # at the end
     model_size_mb:float                  # of the weights, packed where they were trained for it
-    avg_gpu_utilization:float            # share of the device that trains: of the GPU, else of the CPU's threads
+    avg_gpu_utilization:float            # of what trains: the GPU, else the CPU's threads
     avg_memory_utilization:float         # share of its memory
     speedup_vs_baseline:float            # time of the baseline's training over this one's
     memory_reduction_vs_baseline:float   # likewise of `peak_memory_mb`
@@ -626,8 +636,8 @@ def _looked_at(l): # what a training pass and a validation pass over one batch s
     depth = layers_executed(model)
     usage = [(m.counts/m.counts.sum().clamp(min=1)).tolist() for m in moes] or None
     kept = [m.kept.item() for m in sparse]
-    return dict(peak_memory_mb=peak, routing_entropy=entropy, expert_usage=usage,
-                avg_layers_executed=depth.float().mean().item() if isinstance(depth, Tensor) else float(depth),
+    depth = depth.float().mean().item() if isinstance(depth, Tensor) else float(depth)
+    return dict(peak_memory_mb=peak, routing_entropy=entropy, expert_usage=usage, avg_layers_executed=depth,
                 sparsity_ratio=sum(kept)/len(kept) if kept else 1.)
 
 # %% ../nbs/13_configurable.ipynb #1ec53665
@@ -651,6 +661,7 @@ def _measured(name, config, data, steps, teacher, every, batches, seed, kw): # n
                grad_norm=norms.mean().item(), grad_variance=norms.var(correction=0).item())
     return out | _looked_at(l)
 
+# %% ../nbs/13_configurable.ipynb #850a5e5b
 def benchmark(
     configs:dict,           # name → configuration (of `ConfigurableResNetBK`); the first is the baseline
     data,                   # an `LMData`
@@ -699,7 +710,7 @@ def _config_of(text, o): # a ResNetBKConfig, checked against the other options
     if given.get('use_distillation'):
         raise ValueError('--switches use_distillation is --teacher FOLDER on the command line: give that')
     if given.get('use_gradient_caching') and o['teacher']:
-        raise ValueError('--switches use_gradient_caching and --teacher both replace the loss: give one of them')
+        raise ValueError('--switches use_gradient_caching and --teacher both replace the loss: give one')
     if given.get('use_mixed_precision') and o['mixed_precision'] not in ('bf16', 'fp16'):
         raise ValueError('--switches use_mixed_precision wants --mixed_precision bf16 beside it')
     mixer = tuple(o['mixer'].split(','))
@@ -736,8 +747,9 @@ def _preset(name, c, help):
                     mixer=','.join(m.model_config().mixer), switches=','.join(on + more))
 
 for _name,_what in dict(
-        baseline='the design notes: four experts and no more', step2='... a blended gradient',
-        step2_full='... Koopman operators, energies', step4='... rounded, pruned; distilled with --teacher',
-        step5='... bfloat16', step6='... adaptive, multi-scale, sparse',
-        full='... curriculum, selection, gradient cache; without --teacher').items():
+        baseline='of the design notes: a mixture of experts', step2='baseline with a blended gradient',
+        step2_full=' step2 with Koopman operators and energies',
+        step4='step2_full, rounded and pruned; add --teacher',
+        step5='step4 in bfloat16', step6='step5 with passes, coarse levels, chosen sites',
+        full='step6 with curriculum, selection, gradient cache; no --teacher').items():
     _preset(_name, CONFIGS[_name], _what)

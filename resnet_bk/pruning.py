@@ -68,9 +68,9 @@ class _Chains(Units): # of BKMixer
         m, f = self.layer, self.layer.features
         conv = [] if m.conv is None else [Piece(m.conv, 'taps', 1, m.n_in)]
         bias = [Piece(m, 'absorb_bias', 0)] if m.absorb else []
-        along = [Piece(*of, 0) for of in getattr(m, 'along', ())] # one number per chain, kept by another module
-        return [Piece(m.in_proj, 'weight', 0, m.n_in + 1), *conv, *bias, Piece(m.spectrum, 'E', 0),
-                Piece(m.spectrum, 'log_eta', 0), Piece(m, 'scale', 0), Piece(m.norm, 'weight', 0, 1, f), *along,
+        along = [Piece(*of, 0) for of in getattr(m, 'along', ())] # a number per chain, in another module
+        return [Piece(m.in_proj, 'weight', 0, m.n_in + 1), *conv, *bias, Piece(m.spectrum, 'E', 0), *along,
+                Piece(m.spectrum, 'log_eta', 0), Piece(m, 'scale', 0), Piece(m.norm, 'weight', 0, 1, f),
                 Piece(m.out_proj, 'weight', 1, 1, f)]
 
     def resized(self, n):
