@@ -94,6 +94,8 @@ def train_once(make, data, steps:int, lr:float, seed:int=0, **kw)->dict:
     t = time.perf_counter()
     learn.fit(steps=steps)
     t = time.perf_counter() - t
+    # the learner ends in order when it is told to; half a run is no result
+    if learn.step < steps: raise KeyboardInterrupt(f'stopped after {learn.step} of {steps} steps')
     return dict(nats=learn.evaluate()['nats'], seconds=t, model=model)
 
 # %% ../nbs/15_benchmarks.ipynb #c0013

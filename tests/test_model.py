@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from resnet_bk.data import LMData
 from resnet_bk.decoder import CannotDecode, Decoder
+from resnet_bk.mixers import BKAttention, BKMixer
 from resnet_bk.model import ModelConfig, ResNetBK
 from resnet_bk.native import find_kernel, register_kernel
 
@@ -92,6 +93,13 @@ def test_compiled_modules_generate_the_same_text(model, x):
     assert torch.equal(model.generate(x, n=8, temperature=0), want)
     again = torch.compile(copy.deepcopy(model), backend='eager')
     assert torch.equal(again.generate(x, n=8, temperature=0), want)
+
+# here and not in 02c: PyTorch keeps the first `__main__` that it sees, and a test worker has one per notebook
+@pytest.mark.parametrize('kind,gauge', [(BKMixer, 'so3'), (BKAttention, 'u1'), (BKAttention, 'so3')])
+def test_a_compiled_gauged_layer_is_one_graph(kind, gauge):
+    layer, x = kind(16, gauge=gauge), torch.randn(2, 9, 16)
+    y = torch.compile(layer, fullgraph=True, backend='aot_eager')(x)
+    torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
 
 # the head is called
 
