@@ -49,9 +49,18 @@ def train_switches(config:dict, data, steps:int, seed:int, teacher=None, **kw)->
     l.fit(steps=steps)
     return dict(seconds=time.perf_counter() - start, nats=l.evaluate()['nats'])
 
-def ablate(data, steps:int, seeds=range(5), size:dict=None, runs:dict=None, progress:bool=True, **kw)->list:
-    """Rows of a table: each of `runs` (see `ablations`), with fields of `size` for all, against the first,
-    over the same seeds. The teacher is the first of them, half again as wide, trained for as long."""
+# %% ../nbs/15d_ablation.ipynb #f5168da5
+def ablate(
+    data,               # an `LMData`
+    steps:int,          # of each run
+    seeds=range(5),
+    size:dict=None,     # fields of the configuration for all
+    runs:dict=None,     # see `ablations`
+    progress:bool=True,
+    **kw,               # of `Learner`
+)->list:                # rows of a table
+    """Each of `runs` against the first, over the same seeds. The teacher is the first of them, half again as
+    wide, trained for as long."""
     runs, size = runs or ablations(), dict(vocab_size=data.vocab_size) | (size or {})
     got = {k: [] for k in runs}
     bar = tqdm(total=len(runs)*len(seeds), desc='runs', disable=not progress)
@@ -149,6 +158,7 @@ def reach(curve:list, nats:float)->float: # seconds; None: never
     "When a curve of `LossByTime` first comes down to a loss."
     return next((t for t,l in curve if l <= nats), None)
 
+# %% ../nbs/15d_ablation.ipynb #4e5ade4e
 def _curve(model, data, lr, minutes, every, seed): # of `LossByTime`
     cb = LossByTime(every)
     Learner(model, data.rebatch(seed=seed), lr=lr, cbs=cb, seed=seed, progress=False, eval_every=0,

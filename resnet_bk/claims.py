@@ -61,7 +61,10 @@ CLAIMS = read_claims('''
   measured: 65× against autograd through pivots, 121× through θ and φ
   verdict: holds
   06_gradients: backward: kernel against autograd through pivots                50×       65.3×
+''')
 
+# %% ../nbs/15e_claims.ipynb #a255d8e7
+CLAIMS += read_claims('''
 2: gradients in complex64
   claimed: 2× backward
   measured: 1.42× backward, 1.09× forward and backward
@@ -73,10 +76,7 @@ CLAIMS = read_claims('''
   measured: 3.2× by vmap, 14× by a kernel, against chain by chain
   verdict: holds
   06_gradients: batching: vmap against chain by chain (16×512)                 2.5×        3.2×
-''')
 
-# %% ../nbs/15e_claims.ipynb #a255d8e7
-CLAIMS += read_claims('''
 2: backward pass of the mixture of experts by hand, against autograd
   claimed: 10×
   measured: 1.08×
@@ -94,7 +94,10 @@ CLAIMS += read_claims('''
   measured: 0.110 nats worse than backpropagation at equal time
   verdict: no
   07b_koopman: 100× less gradient computation      at equal time, hybrid minus backpropagation: +0.110 nats
+''')
 
+# %% ../nbs/15e_claims.ipynb #d0cb6d5a
+CLAIMS += read_claims('''
 2: perplexity with operators in place of layers
   claimed: within 30 %
   measured: +6 % for one of four layers, +17 % for two, +43 % for three
@@ -118,16 +121,16 @@ CLAIMS += read_claims('''
   measured: as good (+0.0005 ± 0.0023 nats), 1.33 times the solves, 1.60 times the time
   verdict: no
   08b_equilibrium: EP minus backprop: +0.0005 ± 0.0023 (95 %, 5 pairs): a draw; wall clock 1.60×
-''')
 
-# %% ../nbs/15e_claims.ipynb #d0cb6d5a
-CLAIMS += read_claims('''
 4: quantisation, pruning and distillation together
   claimed: 100× smaller, little loss
   measured: 127× smaller at +50 % perplexity; 22× at +9 %
   verdict: in part
   09d_compression: qat               23,281  126.68×   4.50×      25,483     6.160  +50.0%
+''')
 
+# %% ../nbs/15e_claims.ipynb #034d96c3
+CLAIMS += read_claims('''
 4: scales of G while quantising
   claimed: calibrated
   measured: never set: G is rounded to 0 or ±1, relative error 0.93
@@ -157,7 +160,10 @@ CLAIMS += read_claims('''
   measured: 1.04× on an H100, 1.25× on an H200
   verdict: in part
   15_benchmarks: TF32 / float32 step        1.500     1.245
+''')
 
+# %% ../nbs/15e_claims.ipynb #201ffec6
+CLAIMS += read_claims('''
 all: all switches, multiplied
   claimed: 152,409,600×
   measured: measured together: 4.6 times the operations, 31 times the time, 0.47 nats worse after
