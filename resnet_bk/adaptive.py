@@ -264,8 +264,9 @@ def _loop_all(model, loops:int=2, inject:bool=False, step_embed:bool=False):
 def layers_executed(model:nn.Module, # a `ResNetBK` after a forward pass
 )->Tensor|int:                       # (B, N), or one number where it is the same for all tokens
     "How many blocks each token of the last forward pass went through."
-    depth = lambda b: b.depth if isinstance(b, ACT) else b.passes if isinstance(b, Looped) else 1
-    return sum(depth(b) for b in model.blocks)
+    looping = lambda b: next((m for m in b.modules() if isinstance(m, (ACT, Looped))), None)
+    depth = lambda m: 1 if m is None else m.depth if isinstance(m, ACT) else m.passes
+    return sum(depth(looping(b)) for b in model.blocks)
 
 class DepthLog(Callback):
     "Logs `avg_layers_executed`, how many blocks a token goes through."

@@ -150,7 +150,8 @@ def backward(self:GradientReuse):
     Learner.backward(l)
     new = [None if p.grad is None else p.grad.clone() for p in ps]
     if self.found is not None:
-        flat = lambda gs: torch.cat([g.flatten() for g in gs if g is not None])
+        own = lambda p, g: torch.zeros_like(p) if g is None else g # a part may sit out one of the two
+        flat = lambda gs: torch.cat([own(p, g).flatten() for p,g in zip(ps, gs)])
         cos = F.cosine_similarity(flat(self.found[1]), flat(new), dim=0).item()
         l.log(reuse_cosine=cos)
         if cos >= self.agree: return

@@ -68,7 +68,8 @@ class _Chains(Units): # of BKMixer
         m, f = self.layer, self.layer.features
         conv = [] if m.conv is None else [Piece(m.conv, 'taps', 1, m.n_in)]
         bias = [Piece(m, 'absorb_bias', 0)] if m.absorb else []
-        return [Piece(m.in_proj, 'weight', 0, m.n_in + 1), *conv, *bias, Piece(m.spectrum, 'E', 0),
+        along = [Piece(*of, 0) for of in getattr(m, 'along', ())] # a number per chain, in another module
+        return [Piece(m.in_proj, 'weight', 0, m.n_in + 1), *conv, *bias, Piece(m.spectrum, 'E', 0), *along,
                 Piece(m.spectrum, 'log_eta', 0), Piece(m, 'scale', 0), Piece(m.norm, 'weight', 0, 1, f),
                 Piece(m.out_proj, 'weight', 1, 1, f)]
 
@@ -294,6 +295,7 @@ def measure_energy(
 def _solve(s, m, n):
     "Two unknowns; if no ε > 0 can carry β, or m does not vary, α alone."
     scale = s[:,:2].diagonal().sqrt()
+    if not (scale.isfinite() & (scale > 0)).all(): return 1., 0. # nothing that could be measured came by
     A, b = s[:,:2]/scale/scale[:,None], s[:,2:]/scale[:,None]
     alpha, beta = (torch.linalg.lstsq(A, b, driver='gelsd').solution[:,0]/scale).tolist()
     if alpha > 0 and beta > -.5*_eps(m.norm): return alpha, beta

@@ -554,11 +554,25 @@ class QAT(Callback):
     def after_step(self):
         if self.learn.step % self.every == 0: self._refresh()
 
-    def after_fit(self): self._refresh()
-    def _refresh(self):
-        ps = dict(self.learn.model.named_parameters())
-        with torch.no_grad():
-            for n,q in self.quantizers.items(): q.refresh(ps[n])
+# %% ../nbs/09_quantization.ipynb #c05f1a10
+@patch
+def after_fit(self:QAT):
+    if self.learn.done: self._refresh() # a run that was interrupted goes on with the scales it had
+
+@patch
+def _refresh(self:QAT):
+    ps = dict(self.learn.model.named_parameters())
+    with torch.no_grad():
+        for n,q in self.quantizers.items(): q.refresh(ps[n])
+
+@patch
+def state_dict(self:QAT)->dict: # name → scales
+    "The scales of the last refresh, on which the next steps depend"
+    return {n: q.scale.cpu() for n,q in self.quantizers.items() if q.scale is not None}
+
+@patch
+def load_state_dict(self:QAT, d:dict):
+    for n,s in d.items(): self.quantizers[n].scale = s.to(self.learn.device)
 
 # %% ../nbs/09_quantization.ipynb #301ed969
 class WeightAverage(Callback):

@@ -637,6 +637,7 @@ class SparseMixer(nn.Module):
         nn.init.constant_(self.predict.bias, at.item())
         free = torch.full((self.mixer.channels,), -4.)      # softplus makes w₀ of it
         self.register_parameter('free_bias', nn.Parameter(free) if gaps else None)
+        self.mixer.along = ((self, 'free_bias'),) if gaps else () # who takes chains out must know of it
         self.kept = None                                    # share of sites kept in the last pass
 
     def extra_repr(self): return f'share={self.share}, fill={self.fill!r}, gaps={self.gaps}'
