@@ -2764,4 +2764,12 @@ d = { 'settings': { 'branch': 'main',
                                   'resnet_bk.system.paced_starts': ('system.html#paced_starts', 'resnet_bk/system.py'),
                                   'resnet_bk.system.register_difficulty': ('system.html#register_difficulty', 'resnet_bk/system.py'),
                                   'resnet_bk.system.window_losses': ('system.html#window_losses', 'resnet_bk/system.py'),
-                                  'resnet_bk.system.window_scores': ('system.html#window_scores', 'resnet_bk/system.py')}}}
+                                  'resnet_bk.system.window_scores': ('system.html#window_scores', 'resnet_bk/system.py')},
+            'resnet_bk.transport': { 'resnet_bk.transport._bonds': ('transport.html#_bonds', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport._number': ('transport.html#_number', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport._self_energies': ('transport.html#_self_energies', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport._tensor': ('transport.html#_tensor', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport._wire': ('transport.html#_wire', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport.lead_self_energy': ('transport.html#lead_self_energy', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport.scattering': ('transport.html#scattering', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport.transmission': ('transport.html#transmission', 'resnet_bk/transport.py')}}}
