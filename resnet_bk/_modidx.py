@@ -2770,6 +2770,8 @@ d = { 'settings': { 'branch': 'main',
                                      'resnet_bk.transport._self_energies': ('transport.html#_self_energies', 'resnet_bk/transport.py'),
                                      'resnet_bk.transport._tensor': ('transport.html#_tensor', 'resnet_bk/transport.py'),
                                      'resnet_bk.transport._wire': ('transport.html#_wire', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport.ldos': ('transport.html#ldos', 'resnet_bk/transport.py'),
                                      'resnet_bk.transport.lead_self_energy': ('transport.html#lead_self_energy', 'resnet_bk/transport.py'),
+                                     'resnet_bk.transport.lyapunov': ('transport.html#lyapunov', 'resnet_bk/transport.py'),
                                      'resnet_bk.transport.scattering': ('transport.html#scattering', 'resnet_bk/transport.py'),
                                      'resnet_bk.transport.transmission': ('transport.html#transmission', 'resnet_bk/transport.py')}}}
