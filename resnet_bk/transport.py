@@ -15,7 +15,8 @@ def _tensor(name, x, allow_complex=False): # what can be read as finite numbers,
     if not torch.is_tensor(x):
         # by way of numpy, for which a Python number is a double
         try: x = torch.as_tensor(np.array(x, order='C'))
-        except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name} must be numbers; got {x!r}') from None
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f'{name} must be numbers; got {x!r}') from None
     if x.dtype == torch.bool or x.is_complex() and not allow_complex:
         raise ValueError(f'{name} must be real numbers; got {x.dtype} {tuple(x.shape)}')
     bad = int((~x.isfinite()).sum())
@@ -24,9 +25,10 @@ def _tensor(name, x, allow_complex=False): # what can be read as finite numbers,
 
 def _number(name, x, least): # a finite float, at least that
     try: x = float(x)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name} must be a number; got {x!r}') from None
-    if not (x >= least and math.isfinite(x)):
-        raise ValueError(f'{name} must be finite' + (f' and ≥ {least:g}' if least > -math.inf else '') + f'; got {x}')
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'{name} must be a number; got {x!r}') from None
+    bound = f' and ≥ {least:g}' if least > -math.inf else ''
+    if not (x >= least and math.isfinite(x)): raise ValueError(f'{name} must be finite{bound}; got {x}')
     return x
 
 # %% ../nbs/01c_transport.ipynb #931ec5ea
@@ -38,8 +40,8 @@ def lead_self_energy(
 )->Tensor:         # complex128 of E's shape, Im Σ ≤ 0; exactly real for real E outside the band
     """Self-energy `Σ = -t_c² g` that a semi-infinite lead adds to the site it touches, in closed form.
 
-    Σ.real belongs to the potential, -Σ.imag to `absorb`; the broadening is Γ = -2 Σ.imag. Differentiable in E.
-    Raises `ValueError` for Im E < 0, a hopping that is not positive, and whatever is not a finite number."""
+    Σ.real belongs to the potential, -Σ.imag to `absorb`; the broadening is Γ = -2 Σ.imag. Differentiable
+    in E. Raises `ValueError` for Im E < 0, a hopping that is not positive, and what is not finite."""
     E, t = _tensor('E', E, True), _number('hop', hop, 1e-100)
     tc, pot = t if coupling is None else _number('coupling', coupling, 0), _number('pot', pot, -math.inf)
     if not E.is_complex(): E = torch.complex(E, torch.zeros_like(E))
@@ -53,7 +55,8 @@ ETA = 1e-30 # a width that no result can see, while 1/η² is still a number
 def _self_energies(leads, E, z): # (Σ_L, Σ_R), each of E's shape
     if leads is None: leads = (None, None)
     if not isinstance(leads, (tuple, list)) or len(leads) != 2:
-        raise ValueError(f'leads must be a pair of self-energies (left, right) or None; got {type(leads).__name__}')
+        raise ValueError('leads must be a pair of self-energies (left, right) or None; '
+                         f'got {type(leads).__name__}')
     out = []
     for name,s in zip(('left', 'right'), leads):
         s = lead_self_energy(z) if s is None else _tensor(f'the {name} self-energy', s, True).to(E.device)
@@ -76,7 +79,8 @@ def _bonds(hop, batch, N, K): # None, a number, or (1, N-1, chains)
     B = batch.numel()
     return hop.expand(*batch, N-1).reshape(B, N-1).T[...,None].expand(N-1, B, K).reshape(1, N-1, B*K)
 
-def _wire(v, E, leads, hop, eta, broad=False): # what the op takes, (Σ_L, Σ_R), and the shapes of v's batch and of E
+# what the op takes, (Σ_L, Σ_R), and the shapes of v's batch and of E; broad: the leads see E + iη
+def _wire(v, E, leads, hop, eta, broad=False):
     v, E, eta = _tensor('v', v), _tensor('E', E), _number('eta', eta, 1e-100)
     if v.ndim < 1 or not v.shape[-1]:
         raise ValueError(f'v must be (..., N) with at least one site; got {tuple(v.shape)}')
@@ -97,7 +101,7 @@ def _wire(v, E, leads, hop, eta, broad=False): # what the op takes, (Σ_L, Σ_R)
 def transmission(
     v,             # (..., N) real potential in units of the hopping; tensor, array or list
     E,             # real energies, any shape, in units of the hopping
-    leads=None,    # (Σ_L, Σ_R), each a number or of E's shape, Im Σ ≤ 0; None = leads like the wire, of hopping 1
+    leads=None,    # (Σ_L, Σ_R), each a number or of E's shape, Im Σ ≤ 0; None = clean leads of hopping 1
     hop=None,      # hopping ≥ 0 of the wire: None (= 1), a number, (N-1,) or (..., N-1)
     log:bool=False,# give ln T, which does not underflow
     eta=ETA,       # width η > 0 inside the wire: an absorption that loses what it takes
@@ -105,8 +109,8 @@ def transmission(
     """Probability T(E) that a particle passes a wire between two leads: `Γ_L Γ_R |G_N1|²`, in O(N) for all
     energies and potentials of a batch at once, with exact gradients to v, E, hop and the self-energies.
 
-    Raises `ValueError` for a wire without sites, wrong shapes, numbers that are not finite, a negative hopping,
-    Im Σ > 0, or η ≤ 0."""
+    Raises `ValueError` for a wire without sites, wrong shapes, numbers that are not finite, a negative
+    hopping, Im Σ > 0, or η ≤ 0."""
     (x, z, w, t), (L, R), *shapes = _wire(v, E, leads, hop, eta)
     shape = sum(shapes, ())
     rate = 4*L.imag*R.imag
@@ -123,12 +127,13 @@ def transmission(
 def scattering(
     v,          # (..., N) real potential in units of the hopping
     E,          # real energies, any shape
-    leads=None, # (Σ_L, Σ_R), each a number or of E's shape; None = leads like the wire
+    leads=None, # (Σ_L, Σ_R), each a number or of E's shape; None = clean leads of hopping 1
     hop=None,   # hopping ≥ 0 of the wire: None (= 1), a number, (N-1,) or (..., N-1)
     eta=ETA,    # width η > 0 inside the wire
 )->tuple:       # (r, t), each complex128 (..., *E.shape)
-    """Amplitudes of reflection and transmission for a particle from the left, `|r|² + |t|² = 1`; for one from the
-    right, reverse v. Phases are those of waves `e^{-iki}` on the end sites. Where a lead carries nothing, r = -1.
+    """Amplitudes of reflection and transmission for a particle from the left, `|r|² + |t|² = 1`; for one from
+    the right, reverse v, hop and leads. Phases are those of waves `e^{-iki}` on the end sites. Where the left
+    lead carries nothing, r = -1.
 
     Raises `ValueError` as `transmission`."""
     (x, z, w, t), (L, R), *shapes = _wire(v, E, leads, hop, eta)
@@ -143,13 +148,13 @@ def scattering(
 def lyapunov(
     v,         # (..., N) real potential in units of the hopping
     E,         # real energies, any shape, inside or outside the band
-    hop=None,  # hopping > 0: None (= 1), a number, (N-1,) or (..., N-1)
+    hop=None,  # hopping ≥ 0, where 0 makes γ infinite: None (= 1), a number, (N-1,) or (..., N-1)
     skip:int=0,# leave out this many sites at the start, where the wave still remembers the lead
-    lead=None, # self-energy on the first site, a number or of E's shape; None = a lead like the wire; 0 = a wall
+    lead=None, # self-energy on the first site, a number or of E's shape; None = a clean lead; 0 = a wall
     eta=ETA,   # width η > 0
 )->Tensor:     # (..., *E.shape) float64, per site
-    """Lyapunov exponent γ = 1/ξ of each wire: the mean of `ln|l_i/t_i|` over the pivots `l_i` of one causal sweep.
-    γ is the decay of amplitudes, |ψ| ~ e^(-γn), so ln T falls by 2γ per site.
+    """Lyapunov exponent γ = 1/ξ of each wire: the mean of `ln|l_i/t_i|` over the pivots `l_i` of one causal
+    sweep. γ is the decay of amplitudes, |ψ| ~ e^(-γn), so ln T falls by 2γ per site.
 
     Raises `ValueError` as `transmission`, and unless 0 ≤ skip < N."""
     (x, z, w, t), _, *shapes = _wire(v, E, (lead, 0.), hop, eta)
@@ -164,12 +169,12 @@ def lyapunov(
 def ldos(
     v,          # (..., N) real potential in units of the hopping
     E,          # real energies, any shape
-    eta=ETA,    # width η > 0 of a level; without leads, and for bound states, it has to be seen by the grid of E
-    leads=None, # (Σ_L, Σ_R), each a number or of E's shape; None = leads like the wire, at E + iη; (0, 0) = no leads
+    eta=ETA,    # width η > 0; bound states, and wires without leads, need one that the grid of E can see
+    leads=None, # (Σ_L, Σ_R), each a number or of E's shape; None = clean leads, at E + iη; (0, 0) = no leads
     hop=None,   # hopping ≥ 0 of the wire: None (= 1), a number, (N-1,) or (..., N-1)
 )->Tensor:      # (..., N, *E.shape) float64, ≥ 0, states per site and energy
-    """Local density of states `Im G_ii(E + iη)/π` of a wire, for all sites and energies at once; over all energies
-    it integrates to 1 at each site.
+    """Local density of states `Im G_ii(E + iη)/π` of a wire, for all sites and energies at once; over all
+    energies it integrates to 1 at each site.
 
     Raises `ValueError` as `transmission`."""
     (x, z, w, t), _, batch, energies = _wire(v, E, leads, hop, eta, broad=True)
