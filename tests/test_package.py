@@ -78,6 +78,7 @@ def test_every_notebook_shows_something():
 
 @pytest.mark.parametrize('module, names', [
     ('native', 'Cpp CppLibrary Call ready check_tensor unwatched register_kernel find_kernel keep_memory'), ('cpu_kernels', 'CppKernels'),
+    ('transport', 'transmission scattering ldos lyapunov lead_self_energy'),
     ('bk_core', 'resolvent_diag resolvent_mix get_tridiagonal_inverse_diagonal vmapped_get_diag'), ('mixers', 'BKMixer BKAttention BKFeatureMixer resolvent_attention'), ('fused_layers', 'fused_layer'), ('gauge', 'wilson_line to_frame from_frame BondProjection GaugeMixer GaugeAttention gauge_layer'), ('decoder', 'Decoder'),
     ('moe', 'SparseMoE AnalyticMoELayer AnalyticMoEFunction validate_analytic_gradients MoEResNetBKLayer'),
     ('gradients', 'BKCoreFunction GradBlendOptimizer GradBlendResult MixedPrecisionBKCoreFunction validate_mixed_precision_accuracy benchmark_mixed_precision BatchedAnalyticBKCoreFunction MemoryOptimizedBKCoreFunction profile_batched_gradient'),
