@@ -11,7 +11,8 @@ import copy, torch
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from fastcore.basics import patch
@@ -24,14 +25,14 @@ from .model import ModelConfig, ResNetBK, TiedHead, hidden_states, take_aux_loss
 from .moe import load_balance_loss, moe_layers, router_z_loss
 
 # %% ../nbs/16_hub.ipynb #5519a30f
-def _need(package, least, extra): # `ImportError` unless it is installed, in this major version or a later one
-    try: have = version(package)
-    except PackageNotFoundError: have = 'none'
-    if have != 'none' and int(have.split('.')[0]) >= least: return
-    raise ImportError(f"resnet_bk.{extra[0]} wants {package} {least} or later; got {have}: "
-                      f"pip install 'resnet_bk[{extra[1]}]'")
+def _need(package, least): # `ImportError` unless it is installed, in this version ('5.4') or a later one
+    number = lambda v: [int(x) for x in v.split('.')[:2]]
+    try: have = version(package) if find_spec(package) else 'none'
+    except ImportError: have = 'none'
+    if have != 'none' and number(have) >= number(least): return
+    raise ImportError(f"resnet_bk.hub wants {package} {least} or later; got {have}: pip install 'resnet_bk[hf]'")
 
-_need('transformers', 5, ('hub', 'hf'))
+_need('transformers', '5.4') # the first that gives a tokeniser to the class that saved it
 
 # %% ../nbs/16_hub.ipynb #89072a53
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
@@ -303,14 +304,14 @@ def set_output_embeddings(self:ResNetBKForCausalLM, value:nn.Module): self.model
 
 @patch
 def resize_token_embeddings(self:ResNetBKForCausalLM, *args, **kwargs)->nn.Embedding:
-    """More tokens or fewer, with the arguments of `transformers`; new rows are drawn like the old ones, new biases
-    are their mean. `ValueError` for an embedding that is factored or quantised."""
+    """More tokens or fewer, with the arguments of `transformers`; new rows are drawn like the old ones, and as
+    rare as the rarest (the least bias). `ValueError` for an embedding that is factored or quantised."""
     embed, head = self.model.embed, self.model.head
     if type(embed) is not nn.Embedding or type(head) not in (nn.Linear, TiedHead):
         raise ValueError(f'want a plain embedding and head; got {type(embed).__name__}, {type(head).__name__}')
     old = head.bias.detach().clone()
     embed = PreTrainedModel.resize_token_embeddings(self, *args, **kwargs)
-    bias = old.new_full((embed.num_embeddings,), old.mean())
+    bias = old.new_full((embed.num_embeddings,), old.min())
     bias[:len(old)] = old[:len(bias)]
     self.model.head.bias = nn.Parameter(bias, head.bias.requires_grad)
     self.config.vocab_size = len(bias)
@@ -339,8 +340,8 @@ class ResNetBKTokenizer(PreTrainedTokenizer):
         if (vocab_file is None) == (tokenizer is None): raise ValueError('want one of vocab_file and tokenizer')
         self.tok = load_tokenizer(vocab_file) if tokenizer is None else tokenizer
         self.pieces = list(_pieces(self.tok))
-        self.ids = {p: i for i,p in enumerate(self.pieces) if p is not None}
-        super().__init__(pad_token=pad_token, **kwargs)
+        self.ids = {p: i for i,p in enumerate(self.pieces)}
+        super().__init__(pad_token=pad_token, **{'special_tokens_pattern': 'none'} | kwargs)
 
     @property
     def vocab_size(self)->int: return self.tok.vocab_size # of the model, without what was added
@@ -359,10 +360,10 @@ class ResNetBKTokenizer(PreTrainedTokenizer):
         return ''.join(''.join(added[i].content for i in run) if own else self.tok.decode(list(run))
                        for own,run in groupby(ids, added.__contains__))
 
-def _pieces(tok): # the name of each token, all different; None: no token has this number
+def _pieces(tok): # the name of each token, all different; what is added later is numbered by their count
     if isinstance(tok, ByteTokenizer): return map(chr, range(256))
-    if isinstance(tok, BPETokenizer): return map(tok.tok.id_to_token, range(tok.vocab_size))
-    return ['<unk>', *tok.vocab]
+    if not isinstance(tok, BPETokenizer): return ['<unk>', *tok.vocab]
+    return (tok.tok.id_to_token(i) or f'<|no token {i}|>' for i in range(tok.vocab_size))
 
 AutoTokenizer.register(ResNetBKPretrainedConfig, ResNetBKTokenizer, exist_ok=True)
 
@@ -402,7 +403,7 @@ def export_hf(
 @lru_cache(None)
 def lm_eval_model()->type: # to be called as lm_eval's `HFLM`: a folder or a model first, `tokenizer`, `batch_size`, …
     "The model class of `lm_eval`, registered there as 'resnet_bk'. `ImportError` without the package."
-    _need('lm_eval', 0, ('hub', 'hf'))
+    _need('lm_eval', '0.4')
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 
