@@ -30,7 +30,8 @@ def _need(package, least): # `ImportError` unless it is installed, in this versi
     try: have = version(package) if find_spec(package) else 'none'
     except ImportError: have = 'none'
     if have != 'none' and number(have) >= number(least): return
-    raise ImportError(f"resnet_bk.hub wants {package} {least} or later; got {have}: pip install 'resnet_bk[hf]'")
+    raise ImportError(f"resnet_bk.hub wants {package} {least} or later; got {have}: "
+                      "pip install 'resnet_bk[hf]'")
 
 _need('transformers', '5.4') # the first that gives a tokeniser to the class that saved it
 
@@ -152,6 +153,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal `ResNetBK` as a model of `transformers`. `ValueError` for a config that is not causal."""
     config_class, base_model_prefix = ResNetBKPretrainedConfig, 'model'
     supports_gradient_checkpointing = _is_stateful = True
+    _no_split_modules = ['ResNetBKBlock']
     _skip_keys_device_placement = ['cache', 'past_key_values']
     _tied_weights_keys = {} # a `TiedHead` has no weight of its own that could be stored or come loose
     def __init__(self,
@@ -200,8 +202,16 @@ def _kept(keep, h): # of (B, N, D), the positions whose logits are asked for
     if isinstance(keep, int) and keep >= 0: return h[:,-keep:] if keep else h
     raise ValueError(f'logits_to_keep: want how many at the end, or a 1-D tensor of positions; got {keep!r}')
 
+def _check_adapters(model): # on parts that others read as plain matrices
+    parts = [m.router for m in moe_layers(model).values()]
+    if isinstance(model.head, TiedHead): parts += model.embed.modules()
+    if any(hasattr(m, 'base_layer') for m in parts):
+        raise ValueError('routers and a tied embedding are read as plain matrices, so that an adapter on them would '
+                         "be passed over; leave them out of target_modules, by exclude_modules=['router', 'embed', 'up']")
+
 @patch
 def _run(self:ResNetBKForCausalLM, ids, state, cut, keep_state, keep, hidden): # logits, new state, hidden states
+    _check_adapters(self.model)
     with ExitStack() as stack:
         before = lambda m, f: stack.callback(m.register_forward_pre_hook(f).remove)
         # the head works on these alone
@@ -227,8 +237,7 @@ def _aux_loss(self:ResNetBKForCausalLM): # what the parts ask for, weighted; 0 w
 @patch
 def _loss(self:ResNetBKForCausalLM, logits, labels, kw):
     loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kw)
-    if not self.training: return loss
-    aux, of = self._aux_loss(), kw.get('num_items_in_batch')
+    aux, of = self._aux_loss(), kw.get('num_items_in_batch') # in evaluation the parts ask for nothing
     if of is None: return loss + aux
     mine = labels[...,1:] if kw.get('shift_labels') is None else kw['shift_labels']
     return loss + aux*(mine != kw.get('ignore_index', -100)).sum()/of # pieces of a step add up to one aux
@@ -295,9 +304,7 @@ def to_resnet_bk(self:ResNetBKForCausalLM)->ResNetBK:
 
 # %% ../nbs/16_hub.ipynb #9a860960
 @patch
-def set_input_embeddings(self:ResNetBKForCausalLM, value:nn.Embedding):
-    self.model.embed = value
-    if isinstance(self.model.head, TiedHead): self.model.head.follow(value)
+def set_input_embeddings(self:ResNetBKForCausalLM, value:nn.Embedding): self.model.embed = value
 
 @patch
 def set_output_embeddings(self:ResNetBKForCausalLM, value:nn.Module): self.model.head = value
