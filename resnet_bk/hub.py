@@ -7,10 +7,10 @@ __all__ = ['CARD', 'ResNetBKPretrainedConfig', 'ResNetBKCache', 'ResNetBKForCaus
            'lm_eval_model']
 
 # %% ../nbs/16_hub.ipynb #4c309675
-import copy, torch
-from contextlib import ExitStack
+import copy, sys, torch
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import groupby
@@ -398,7 +398,8 @@ def export_hf(
     "A trained run as a folder for `transformers`. `ValueError` where `run` holds no model."
     folder, out = find_model(run), Path(out)
     tok = ResNetBKTokenizer(tokenizer=load_tokenizer(folder))
-    hf = ResNetBKForCausalLM.from_resnet_bk(ResNetBK.from_pretrained(folder), pad_token_id=tok.pad_token_id)
+    with redirect_stdout(sys.stderr): model = ResNetBK.from_pretrained(folder) # it tells where from
+    hf = ResNetBKForCausalLM.from_resnet_bk(model, pad_token_id=tok.pad_token_id)
     hf.save_pretrained(out)
     tok.save_pretrained(out)
     card = folder/'README.md'
