@@ -116,8 +116,8 @@ def _real(ids, mask, past, pad): # (B, N) bool, true where there is text; None: 
     real = None
     if mask is not None:
         if mask.shape != (B, past + N):
-            raise ValueError(f'attention_mask: want {(B, past + N)}, {past} tokens read before and {N} new; got '
-                             f'{tuple(mask.shape)}')
+            raise ValueError(f'attention_mask: want {(B, past + N)}, {past} tokens read before and {N} new; '
+                             f'got {tuple(mask.shape)}')
         mask = mask[:,past:]
         real = mask == 1
         if not (real | (mask == 0)).all(): raise ValueError('attention_mask: want 1 for text, 0 for padding')
@@ -126,7 +126,8 @@ def _real(ids, mask, past, pad): # (B, N) bool, true where there is text; None: 
 
 def _begins(real, cache): # (B, N) bool: where the text of a row begins; the cache learns how its rows end
     last, begun = cache.last, cache.begun
-    if last is None: last = begun = torch.full_like(real[:,0], cache.seen > 0) # all rows go on, or none has begun
+    # all rows go on, or none has begun
+    if last is None: last = begun = torch.full_like(real[:,0], cache.seen > 0)
     first = real & ~torch.cat([last[:,None], real[:,:-1]], 1)
     if (first.sum(1) + begun > 1).any():
         raise ValueError('attention_mask: padding between the tokens of one row; want text in one piece')
@@ -162,7 +163,7 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         own = config.model_config()
-        if not own.causal: raise ValueError('causal=False: a bidirectional model cannot predict the next token')
+        if not own.causal: raise ValueError('causal=False: a bidirectional model predicts no next token')
         self._empty = torch.get_default_device().type == 'meta' # `from_pretrained` fills it
         self.model = _build(own) if model is None else model
         self.gradient_checkpointing = self.model.config.recompute
@@ -172,19 +173,21 @@ class ResNetBKForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self): return self.model.head
     @classmethod
     def _supports_default_dynamic_cache(cls): return False # `forward` makes its own
-
     def _init_weights(self, module): pass # the model has drawn its own
-    @torch.no_grad()
-    def initialize_weights(self): # what `from_pretrained` found in no file
-        if not self._empty: return
-        names = [n for n,_ in (*self.named_parameters(), *self.named_buffers())]
-        left = [n for n in names if not getattr(self.get_parameter_or_buffer(n), _DONE, False)]
-        if not left: return
-        fresh = ResNetBK(self.model.config)
-        fresh = {**dict(fresh.named_parameters('model')), **dict(fresh.named_buffers('model'))}
-        for n in left: self.get_parameter_or_buffer(n).copy_(fresh[n])
 
+# %% ../nbs/16_hub.ipynb #de61e21f
 _DONE = '_is_hf_initialized' # the mark that transformers puts on loaded tensors
+
+@patch
+@torch.no_grad()
+def initialize_weights(self:ResNetBKForCausalLM): # what `from_pretrained` found in no file
+    if not self._empty: return
+    names = [n for n,_ in (*self.named_parameters(), *self.named_buffers())]
+    left = [n for n in names if not getattr(self.get_parameter_or_buffer(n), _DONE, False)]
+    if not left: return
+    fresh = ResNetBK(self.model.config)
+    fresh = {**dict(fresh.named_parameters('model')), **dict(fresh.named_buffers('model'))}
+    for n in left: self.get_parameter_or_buffer(n).copy_(fresh[n])
 
 def _build(config):
     try: return ResNetBK(config)
@@ -192,7 +195,7 @@ def _build(config):
         if torch.get_default_device().type != 'meta': raise
         with torch.device('cpu'): return ResNetBK(config) # a part that reads its own numbers
 
-# %% ../nbs/16_hub.ipynb #de61e21f
+# %% ../nbs/16_hub.ipynb #d032d2ff
 # the name of a cache changed within version 5
 _CACHE = 'cache' if 'cache' in CausalLMOutputWithPast.__dataclass_fields__ else 'past_key_values'
 _LOSS = ('num_items_in_batch', 'shift_labels', 'ignore_index')
@@ -206,11 +209,12 @@ def _check_adapters(model): # on parts that others read as plain matrices
     parts = [m.router for m in moe_layers(model).values()]
     if isinstance(model.head, TiedHead): parts += model.embed.modules()
     if any(hasattr(m, 'base_layer') for m in parts):
-        raise ValueError('routers and a tied embedding are read as plain matrices, so that an adapter on them would '
-                         "be passed over; leave them out of target_modules, by exclude_modules=['router', 'embed', 'up']")
+        raise ValueError('routers and a tied embedding are read as plain matrices, so an adapter on them '
+                         'would be passed over; leave them out of target_modules, for example by '
+                         "exclude_modules=['router', 'embed', 'up']")
 
 @patch
-def _run(self:ResNetBKForCausalLM, ids, state, cut, keep_state, keep, hidden): # logits, new state, hidden states
+def _run(self:ResNetBKForCausalLM, ids, state, cut, keep_state, keep, hidden): # logits, state, hidden states
     _check_adapters(self.model)
     with ExitStack() as stack:
         before = lambda m, f: stack.callback(m.register_forward_pre_hook(f).remove)
@@ -223,6 +227,7 @@ def _run(self:ResNetBKForCausalLM, ids, state, cut, keep_state, keep, hidden): #
     logits, state = out if keep_state else (out, None)
     return logits, state, (first[0], *hs) if hidden else None
 
+# %% ../nbs/16_hub.ipynb #a2825822
 @patch
 def _aux_loss(self:ResNetBKForCausalLM): # what the parts ask for, weighted; 0 where they ask for nothing
     losses, c = [w*v for v,w in take_aux_losses(self.model).values()], self.config
@@ -230,7 +235,8 @@ def _aux_loss(self:ResNetBKForCausalLM): # what the parts ask for, weighted; 0 w
     mean = lambda f: sum(map(f, layers))/len(layers)
     if layers and c.router_aux_loss_coef:
         losses.append(c.router_aux_loss_coef*mean(lambda m: load_balance_loss(m.logits, m.counts)))
-    if layers and c.router_z_loss_coef: losses.append(c.router_z_loss_coef*mean(lambda m: router_z_loss(m.logits)))
+    if layers and c.router_z_loss_coef:
+        losses.append(c.router_z_loss_coef*mean(lambda m: router_z_loss(m.logits)))
     for m in layers: m.logits = None # lets the graph go
     return sum(losses)
 
@@ -311,11 +317,12 @@ def set_output_embeddings(self:ResNetBKForCausalLM, value:nn.Module): self.model
 
 @patch
 def resize_token_embeddings(self:ResNetBKForCausalLM, *args, **kwargs)->nn.Embedding:
-    """More tokens or fewer, with the arguments of `transformers`; new rows are drawn like the old ones, and as
-    rare as the rarest (the least bias). `ValueError` for an embedding that is factored or quantised."""
+    """More tokens or fewer, with the arguments of `transformers`; new rows are drawn like the old ones, and
+    as rare as the rarest (the least bias). `ValueError` for an embedding that is factored or quantised."""
     embed, head = self.model.embed, self.model.head
     if type(embed) is not nn.Embedding or type(head) not in (nn.Linear, TiedHead):
-        raise ValueError(f'want a plain embedding and head; got {type(embed).__name__}, {type(head).__name__}')
+        kinds = f'{type(embed).__name__}, {type(head).__name__}'
+        raise ValueError(f'want a plain embedding and head; got {kinds}')
     old = head.bias.detach().clone()
     embed = PreTrainedModel.resize_token_embeddings(self, *args, **kwargs)
     bias = old.new_full((embed.num_embeddings,), old.min())
@@ -344,7 +351,8 @@ class ResNetBKTokenizer(PreTrainedTokenizer):
         pad_token:str='<|pad|>',
         **kwargs,                  # of every tokeniser of transformers
     ):
-        if (vocab_file is None) == (tokenizer is None): raise ValueError('want one of vocab_file and tokenizer')
+        if (vocab_file is None) == (tokenizer is None):
+            raise ValueError('want one of vocab_file and tokenizer')
         self.tok = load_tokenizer(vocab_file) if tokenizer is None else tokenizer
         self.pieces = list(_pieces(self.tok))
         self.ids = {p: i for i,p in enumerate(self.pieces)}
@@ -367,6 +375,7 @@ class ResNetBKTokenizer(PreTrainedTokenizer):
         return ''.join(''.join(added[i].content for i in run) if own else self.tok.decode(list(run))
                        for own,run in groupby(ids, added.__contains__))
 
+# %% ../nbs/16_hub.ipynb #3ebfb367
 def _pieces(tok): # the name of each token, all different; what is added later is numbered by their count
     if isinstance(tok, ByteTokenizer): return map(chr, range(256))
     if not isinstance(tok, BPETokenizer): return ['<unk>', *tok.vocab]
@@ -403,13 +412,14 @@ def export_hf(
     hf.save_pretrained(out)
     tok.save_pretrained(out)
     card = folder/'README.md'
-    about = card.read_text(encoding='utf-8').split('---\n', 2)[-1] if card.exists() else f'# {out.absolute().name}\n'
+    about = f'# {out.absolute().name}\n'
+    if card.exists(): about = card.read_text(encoding='utf-8').split('---\n', 2)[-1]
     (out/'README.md').write_text(CARD.format(about=about.split('```')[0]), encoding='utf-8')
     return out
 
 # %% ../nbs/16_hub.ipynb #1cbc7da2
 @lru_cache(None)
-def lm_eval_model()->type: # to be called as lm_eval's `HFLM`: a folder or a model first, `tokenizer`, `batch_size`, …
+def lm_eval_model()->type: # to be called as lm_eval's `HFLM`: a folder or a model first, then `tokenizer`, …
     "The model class of `lm_eval`, registered there as 'resnet_bk'. `ImportError` without the package."
     _need('lm_eval', '0.4')
     from lm_eval.api.registry import register_model
@@ -418,7 +428,8 @@ def lm_eval_model()->type: # to be called as lm_eval's `HFLM`: a folder or a mod
     @register_model('resnet_bk')
     class ResNetBKLM(HFLM):
         "A `ResNetBKForCausalLM` for lm_eval."
-        def __init__(self, pretrained, backend='causal', **kwargs): super().__init__(pretrained, backend, **kwargs)
+        def __init__(self, pretrained, backend='causal', **kwargs):
+            super().__init__(pretrained, backend, **kwargs)
         @property
         def prefix_token_id(self): # before the first token of a text
             t = self.tokenizer
@@ -429,6 +440,7 @@ def lm_eval_model()->type: # to be called as lm_eval's `HFLM`: a folder or a mod
             t = self.tokenizer
             return t.pad_token_id if t.eos_token_id is None else t.eos_token_id
         def _model_call(self, inps, attn_mask=None, labels=None):
-            if attn_mask is not None or labels is not None: return super()._model_call(inps, attn_mask, labels)
+            if attn_mask is not None or labels is not None:
+                return super()._model_call(inps, attn_mask, labels)
             with torch.no_grad(): return self.model(inps, use_cache=False).logits
     return ResNetBKLM
