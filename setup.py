@@ -8,7 +8,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 readme = here / "README.md"
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("hub", "track", "cuda", "compression", "peers", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("hub", "track", "cuda", "compression", "peers", "hf", "dev")}
 extras["cuda"] = [f'{r}; sys_platform != "darwin"' for r in extras["cuda"]]
 extras["dev"] += extras["hub"] + extras["track"] + extras["compression"]  # the notebooks show them
 extras["all"] = sorted({r for needs in extras.values() for r in needs})
