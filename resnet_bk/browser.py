@@ -685,12 +685,10 @@ HTML_PAGE = Html(r'''
     <textarea id="prompt" rows="3" spellcheck="false" autocapitalize="off"></textarea>
     <p id="note" role="status"></p>
     <div class="controls">
-      <label for="temperature">Temperature <output id="degrees" for="temperature"></output></label>
-      <input id="temperature" type="range" min="0" max="1.5" step="0.05" value="0.8">
-      <label for="seed">Seed</label>
-      <input id="seed" type="number" step="1" value="1">
-      <label for="length">Length</label>
-      <input id="length" type="number" min="1" max="20000" step="1" value="600">
+      <label for="temperature">Temperature <output id="degrees"></output>
+        <input id="temperature" type="range" min="0" max="1.5" step="0.05" value="0.8"></label>
+      <label>Seed <input id="seed" type="number" step="1" value="1"></label>
+      <label>Length <input id="length" type="number" min="1" max="20000" step="1" value="600"></label>
       <button id="go">Generate</button>
     </div>
   </form>
@@ -763,10 +761,12 @@ CSS_PAGE
 #| echo: false
 CSS_PAGE += r'''
 .controls { display: flex; margin-top: .75rem; flex-wrap: wrap; gap: .5rem .75rem; align-items: center; }
-input[type=range] { flex: 1 1 8rem; min-width: 7rem; padding: 0; accent-color: var(--action); }
+.controls label { flex: 0 1 auto; display: flex; gap: .5rem; align-items: center; }
+.controls label:has([type=range]) { flex: 9 1 18rem; }
+input[type=range] { flex: 1; min-width: 7rem; padding: 0; accent-color: var(--action); }
 input[type=number] { width: 5.5rem; }
 output { display: inline-block; width: 2.5em; font-variant-numeric: tabular-nums; }
-button { flex: 0 0 auto; min-width: 7.5rem; min-height: 2.75rem; background: var(--action); color: var(--paper);
+button { flex: 1 0 7.5rem; min-height: 2.75rem; background: var(--action); color: var(--paper);
   border-color: transparent; font-weight: 600; cursor: pointer; }
 :focus-visible { outline: 3px solid var(--action); outline-offset: 2px; }
 #note:empty { display: none; }
@@ -775,7 +775,7 @@ button { flex: 0 0 auto; min-width: 7.5rem; min-height: 2.75rem; background: var
   font: 15px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 #text .given { text-decoration: underline; text-decoration-thickness: 1px; text-underline-offset: 3px; }
 #text span, .legend span { background: rgb(var(--hot) / calc(.6 * var(--heat, 0))); }
-.legend span { padding: .1rem .4rem; border: 1px solid rgb(var(--hot) / .6); border-radius: 4px; }
+.legend span { display: inline-block; padding: .1rem .4rem; border: 1px solid rgb(var(--hot) / .6); border-radius: 4px; }
 #numbers { min-height: 2.6em; font-variant-numeric: tabular-nums; }
 #strip { display: block; width: 100%; height: 60px; margin: .5rem 0; background: var(--panel); border-radius: 6px; }
 #reach { min-height: 1.3em; }
@@ -949,6 +949,7 @@ document.title = $('title').textContent = model.about.title || 'A language model
 $('about').textContent = model.about.text || `A ResNet-BK of ${model.params.toLocaleString('en')} parameters.`;
 $('prompt').value = model.about.prompt || '';
 layersOf(decoder).forEach((l, i) => $('layer').append(new Option(l.name, i)));
+$('layer').value = Math.max(0, layersOf(decoder).findIndex(l => l.name.includes('resolvent')));
 const degrees = () => $('degrees').textContent = Number($('temperature').value).toFixed(2);
 degrees();
 $('temperature').addEventListener('input', degrees);

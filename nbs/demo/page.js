@@ -137,6 +137,7 @@ document.title = $('title').textContent = model.about.title || 'A language model
 $('about').textContent = model.about.text || `A ResNet-BK of ${model.params.toLocaleString('en')} parameters.`;
 $('prompt').value = model.about.prompt || '';
 layersOf(decoder).forEach((l, i) => $('layer').append(new Option(l.name, i)));
+$('layer').value = Math.max(0, layersOf(decoder).findIndex(l => l.name.includes('resolvent')));
 const degrees = () => $('degrees').textContent = Number($('temperature').value).toFixed(2);
 degrees();
 $('temperature').addEventListener('input', degrees);
