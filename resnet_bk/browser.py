@@ -59,7 +59,8 @@ def _check_model(model):
 
 # %% ../nbs/16b_browser.ipynb #844711a3
 def _mixers(name, m): # what the decoder must know of a mixer beside its weights
-    if type(m) is SideBySide: return [d for i,x in enumerate(m.mixers) for d in _mixers(f'{name}.mixers.{i}', x)]
+    if type(m) is SideBySide:
+        return [part for i,x in enumerate(m.mixers) for part in _mixers(f'{name}.mixers.{i}', x)]
     if type(m) is BKAttention: return [dict(kind='attention', name=name, heads=m.n_heads)]
     if type(m) is not BKMixer: _refuse(name, f'{type(m).__name__} as a mixer')
     return [dict(kind='resolvent', name=name, absorb=bool(m.absorb), potential=m.potential == 'token',
@@ -68,13 +69,15 @@ def _mixers(name, m): # what the decoder must know of a mixer beside its weights
 def _block(i, b):
     name = f'blocks.{i}'
     if type(b) is not ResNetBKBlock: _refuse(name, f'{type(b).__name__} as a block')
-    if type(b.ffn) not in (MLP, type(None)): _refuse(f'{name}.ffn', f'{type(b.ffn).__name__} as a feed-forward')
-    if b.ffn is not None and [type(m) for m in b.ffn][1::2] != [nn.GELU]: _refuse(f'{name}.ffn', 'this MLP')
+    ffn = type(b.ffn)
+    if ffn not in (MLP, type(None)): _refuse(f'{name}.ffn', f'{ffn.__name__} as a feed-forward')
+    if ffn is MLP and [type(m) for m in b.ffn][1::2] != [nn.GELU]: _refuse(f'{name}.ffn', 'this MLP')
     return dict(name=name, mixers=_mixers(f'{name}.mixer', b.mixer), ffn=b.ffn is not None)
 
 def _parts(model):
     _check_model(model)
-    if type(model.head) not in (nn.Linear, QuantizedLinear, TiedHead): _refuse('head', type(model.head).__name__)
+    kind = type(model.head)
+    if kind not in (nn.Linear, QuantizedLinear, TiedHead): _refuse('head', kind.__name__)
     eps = lambda m: torch.finfo(torch.float32).eps if m.eps is None else m.eps
     return dict(blocks=[_block(i, b) for i,b in enumerate(model.blocks)],
                 norms={n: eps(m) for n,m in model.named_modules() if type(m) in (nn.LayerNorm, nn.RMSNorm)})
@@ -97,11 +100,12 @@ def _bpe(tok): # vocabulary and merges
         raise ValueError('of byte-pair tokenizers JavaScript knows those that `bk_train` makes: byte-level, '
                          'without a normaliser, special tokens or a prefix')
     vocab = sorted(model['vocab'], key=model['vocab'].get)
-    if list(map(model['vocab'].get, vocab)) != list(range(len(vocab))): raise ValueError('token ids with gaps')
+    if sorted(model['vocab'].values()) != list(range(len(vocab))): raise ValueError('token ids with gaps')
     letters = set(_alphabet().values())
     if not letters <= set(vocab) or not set(''.join(vocab)) <= letters:
         raise ValueError('a byte-level vocabulary holds each of the 256 bytes, and only them in its tokens')
-    return dict(kind='bpe', vocab=vocab, merges=[m.split(' ') if isinstance(m, str) else m for m in model['merges']])
+    merges = [m.split(' ') if isinstance(m, str) else m for m in model['merges']] # written either way
+    return dict(kind='bpe', vocab=vocab, merges=merges)
 
 def _vocabulary(tok, vocab_size): # as JSON writes it
     if not isinstance(tok, (ByteTokenizer, CharTokenizer, BPETokenizer)):
@@ -156,7 +160,8 @@ def browser_file(
     tensors = {n: dict(shape=list(t.shape), at=store.put(t), **({} if s is None else {'scale': store.put(s)}))
                for n,t,s in _tensors(_quantized(model))}
     config = {f.name: getattr(model.config, f.name) for f in fields(ModelConfig)}
-    config['changes'] = [c for c in model.config.changes if c[0] != 'quantized'] # the file holds plain weights
+    # what is read back has plain weights
+    config['changes'] = [c for c in model.config.changes if c[0] != 'quantized']
     header = dict(about=about, config=config, params=sum(math.prod(t['shape']) for t in tensors.values()),
                   tokenizer=vocabulary, tie=model.config.tie, **parts, tensors=tensors, size=store.size)
     head = json.dumps(header).encode()
@@ -165,7 +170,8 @@ def browser_file(
 
 # %% ../nbs/16b_browser.ipynb #b001ee42
 def _header(data): # and the tensors' bytes
-    if len(data) < 8 or data[:4] != MAGIC: raise ValueError(f'no model file: it begins with {bytes(data[:4])!r}')
+    if len(data) < 8 or data[:4] != MAGIC:
+        raise ValueError(f'no model file: it begins with {bytes(data[:4])!r}')
     start = 8 + int.from_bytes(data[4:8], 'little')
     if start > len(data): raise ValueError('the model file is cut short')
     h, body = json.loads(data[8:start]), data[start:]
@@ -546,6 +552,12 @@ class Bytes {
     return {ids, texts: ids.map(i => stream.push(i)), unknown: []};
   }
 }
+'''
+JS_DECODER
+
+# %% ../nbs/16b_browser.ipynb #75321061
+#| echo: false
+JS_DECODER += r'''
 class Chars {
   constructor({vocab}) {
     this.chars = ['\ufffd', ...vocab];
@@ -710,9 +722,9 @@ HTML_PAGE += r'''
     <label for="layer">Layer</label> <select id="layer"></select>
     <canvas id="strip" role="img" aria-label="Influence of earlier tokens"></canvas>
     <p id="reach" class="small"></p>
-    <p class="small">Each cell is one token, the newest at the right. Its colour is |G<sub>ij</sub>|, the element of
-      the resolvent that joins it to the newest token, on a scale of three powers of ten, as a mean over
-      the chains of the layer. It is drawn anew with every character you type.</p>
+    <p class="small">Each cell is one token, the newest at the right. Its colour is |G<sub>ij</sub>|, the
+      element of the resolvent that joins it to the newest token, on a scale of three powers of ten, as a
+      mean over the chains of the layer. It is drawn anew with every character you type.</p>
   </section>
 </main>
 <script src="model.js"></script>
@@ -775,9 +787,11 @@ button { flex: 1 0 7.5rem; min-height: 2.75rem; background: var(--action); color
   font: 15px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 #text .given { text-decoration: underline; text-decoration-thickness: 1px; text-underline-offset: 3px; }
 #text span, .legend span { background: rgb(var(--hot) / calc(.6 * var(--heat, 0))); }
-.legend span { display: inline-block; padding: .1rem .4rem; border: 1px solid rgb(var(--hot) / .6); border-radius: 4px; }
+.legend span { display: inline-block; padding: .1rem .4rem; border: 1px solid rgb(var(--hot) / .6);
+  border-radius: 4px; }
 #numbers { min-height: 2.6em; font-variant-numeric: tabular-nums; }
-#strip { display: block; width: 100%; height: 60px; margin: .5rem 0; background: var(--panel); border-radius: 6px; }
+#strip { display: block; width: 100%; height: 60px; margin: .5rem 0; background: var(--panel);
+  border-radius: 6px; }
 #reach { min-height: 1.3em; }
 '''
 CSS_PAGE
@@ -843,10 +857,11 @@ async function inSlices(next) {
 // What the box holds; only what is new, if the rest was read already
 function readPrompt() {
   const {ids, texts, unknown} = tokenizer.encode($('prompt').value);
-  const same = fed.length <= ids.length && fed.every((f, i) => f.given && f.id === ids[i] && f.text === texts[i]);
-  if (!same) begin();
-  say(unknown.length ? `The model has never seen ${unknown.slice(0, 20).join(' ')} and reads an unknown character `
-      + 'there. Your text stays as it is.' : '');
+  const was = (f, i) => f.given && f.id === ids[i] && f.text === texts[i];
+  if (fed.length > ids.length || !fed.every(was)) begin();
+  const strange = unknown.slice(0, 20).join(' ');
+  say(strange && `The model has never seen ${strange} and reads an unknown character there. Your text stays `
+      + 'as it is.');
   return inSlices(() => {
     const i = fed.length;
     if (i < ids.length) feed(ids[i], texts[i], true);
@@ -893,8 +908,9 @@ JS_PAGE += r'''
 function draw() {
   const per = bits.n ? `${(bits.sum / bits.n).toFixed(2)} bits each` : 'no forecast yet';
   const speed = writes.n ? `${(writes.ms / writes.n).toFixed(2)} ms each` : '';
-  $('numbers').textContent = `${fed.length.toLocaleString('en')} tokens, ${per}, ${speed}. What the model keeps of `
-    + `them: ${decoder.stateSize.toLocaleString('en')} numbers, however long the text is.`;
+  const count = n => n.toLocaleString('en');
+  $('numbers').textContent = `${count(fed.length)} tokens, ${[per, speed].filter(x => x).join(', ')}. What the `
+    + `model keeps of them: ${count(decoder.stateSize)} numbers, however long the text is.`;
   const canvas = $('strip'), style = getComputedStyle(canvas), scale = devicePixelRatio || 1;
   const width = canvas.clientWidth;
   canvas.width = width * scale;
@@ -946,7 +962,8 @@ JS_PAGE
 JS_PAGE += r'''
 begin();
 document.title = $('title').textContent = model.about.title || 'A language model in this page';
-$('about').textContent = model.about.text || `A ResNet-BK of ${model.params.toLocaleString('en')} parameters.`;
+const params = model.params.toLocaleString('en');
+$('about').textContent = model.about.text || `A ResNet-BK of ${params} parameters.`;
 $('prompt').value = model.about.prompt || '';
 layersOf(decoder).forEach((l, i) => $('layer').append(new Option(l.name, i)));
 $('layer').value = Math.max(0, layersOf(decoder).findIndex(l => l.name.includes('resolvent')));
@@ -998,6 +1015,7 @@ def read_browser_page(
     dtype=torch.float32,
 )->tuple:                # ResNetBK, Tokenizer, header
     "The model of a page. `ValueError` for a damaged file."
-    found = re.fullmatch(r'const MODEL = "([\w+/=]*)";\n', (Path(folder)/'model.js').read_text(encoding='utf-8'))
+    script = (Path(folder)/'model.js').read_text(encoding='utf-8')
+    found = re.fullmatch(r'const MODEL = "([\w+/=]*)";\n', script)
     if found is None: raise ValueError(f'{folder}/model.js is damaged: it does not define MODEL')
     return read_browser_file(base64.b64decode(found[1]), dtype)

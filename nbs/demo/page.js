@@ -51,10 +51,11 @@ async function inSlices(next) {
 // What the box holds; only what is new, if the rest was read already
 function readPrompt() {
   const {ids, texts, unknown} = tokenizer.encode($('prompt').value);
-  const same = fed.length <= ids.length && fed.every((f, i) => f.given && f.id === ids[i] && f.text === texts[i]);
-  if (!same) begin();
-  say(unknown.length ? `The model has never seen ${unknown.slice(0, 20).join(' ')} and reads an unknown character `
-      + 'there. Your text stays as it is.' : '');
+  const was = (f, i) => f.given && f.id === ids[i] && f.text === texts[i];
+  if (fed.length > ids.length || !fed.every(was)) begin();
+  const strange = unknown.slice(0, 20).join(' ');
+  say(strange && `The model has never seen ${strange} and reads an unknown character there. Your text stays `
+      + 'as it is.');
   return inSlices(() => {
     const i = fed.length;
     if (i < ids.length) feed(ids[i], texts[i], true);
@@ -91,8 +92,9 @@ function stop() {
 function draw() {
   const per = bits.n ? `${(bits.sum / bits.n).toFixed(2)} bits each` : 'no forecast yet';
   const speed = writes.n ? `${(writes.ms / writes.n).toFixed(2)} ms each` : '';
-  $('numbers').textContent = `${fed.length.toLocaleString('en')} tokens, ${per}, ${speed}. What the model keeps of `
-    + `them: ${decoder.stateSize.toLocaleString('en')} numbers, however long the text is.`;
+  const count = n => n.toLocaleString('en');
+  $('numbers').textContent = `${count(fed.length)} tokens, ${[per, speed].filter(x => x).join(', ')}. What the `
+    + `model keeps of them: ${count(decoder.stateSize)} numbers, however long the text is.`;
   const canvas = $('strip'), style = getComputedStyle(canvas), scale = devicePixelRatio || 1;
   const width = canvas.clientWidth;
   canvas.width = width * scale;
@@ -134,7 +136,8 @@ function tell(all) {
 
 begin();
 document.title = $('title').textContent = model.about.title || 'A language model in this page';
-$('about').textContent = model.about.text || `A ResNet-BK of ${model.params.toLocaleString('en')} parameters.`;
+const params = model.params.toLocaleString('en');
+$('about').textContent = model.about.text || `A ResNet-BK of ${params} parameters.`;
 $('prompt').value = model.about.prompt || '';
 layersOf(decoder).forEach((l, i) => $('layer').append(new Option(l.name, i)));
 $('layer').value = Math.max(0, layersOf(decoder).findIndex(l => l.name.includes('resolvent')));
