@@ -282,7 +282,7 @@ JS_DECODER
 # %% ../nbs/16b_browser.ipynb #0b450c25
 #| echo: false
 JS_DECODER += r'''
-class Conv {                                    // taps: width rows, newest first; null: no convolution
+class Conv {                                    // taps: width rows, newest first
   constructor(taps) {
     [this.width, this.n] = taps.shape;
     this.taps = taps.data;
@@ -691,7 +691,7 @@ HTML_PAGE = Html(r'''
 <link rel="stylesheet" href="page.css">
 <main>
   <h1 id="title">A language model in this page</h1>
-  <p id="about"></p>
+  <p id="about"><noscript>This page computes in JavaScript, which is switched off here.</noscript></p>
   <form id="form">
     <label for="prompt">The text begins with</label>
     <textarea id="prompt" rows="3" spellcheck="false" autocapitalize="off"></textarea>
@@ -712,7 +712,7 @@ HTML_PAGE
 HTML_PAGE += r'''
   <section aria-labelledby="read">
     <h2 id="read">What each token cost</h2>
-    <p class="legend" id="legend"><span style="--heat:0">0 bits: expected</span>
+    <p class="legend"><span style="--heat:0">0 bits: expected</span>
       <span style="--heat:.375">3 bits</span> <span style="--heat:1">8 bits or more: a surprise</span></p>
     <div id="text" tabindex="0" role="region" aria-label="The text, each token coloured by its bits"></div>
     <p id="numbers" class="small"></p>
@@ -801,11 +801,19 @@ CSS_PAGE
 JS_PAGE = Js(r'''
 'use strict';
 const $ = id => document.getElementById(id);
-const model = readModel(fromBase64(MODEL)), tokenizer = makeTokenizer(model.tokenizer);
+const model = load(), tokenizer = makeTokenizer(model.tokenizer);
 let decoder, logits, fed, turn = 0;
 let held = {text: '', bits: 0};                  // of tokens that are only part of a character
 let bits, writes;                                // sums: of all tokens that had a forecast, of time
 
+function load() {
+  try {
+    return readModel(fromBase64(MODEL));
+  } catch (e) {
+    $('about').textContent = `The model cannot be read. ${e.message}`;
+    throw e;
+  }
+}
 function begin() {                               // a new text
   decoder = new Decoder(model);
   logits = null;
@@ -859,7 +867,8 @@ function readPrompt() {
   const {ids, texts, unknown} = tokenizer.encode($('prompt').value);
   const was = (f, i) => f.given && f.id === ids[i] && f.text === texts[i];
   if (fed.length > ids.length || !fed.every(was)) begin();
-  const strange = unknown.slice(0, 20).join(' ');
+  const code = c => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}`;
+  const strange = unknown.slice(0, 20).map(c => c.trim() ? c : code(c)).join(' ');
   say(strange && `The model has never seen ${strange} and reads an unknown character there. Your text stays `
       + 'as it is.');
   return inSlices(() => {
@@ -907,10 +916,10 @@ JS_PAGE
 JS_PAGE += r'''
 function draw() {
   const per = bits.n ? `${(bits.sum / bits.n).toFixed(2)} bits each` : 'no forecast yet';
-  const speed = writes.n ? `${(writes.ms / writes.n).toFixed(2)} ms each` : '';
+  const speed = writes.n ? `, ${(writes.ms / writes.n).toFixed(2)} ms each` : '';
   const count = n => n.toLocaleString('en');
-  $('numbers').textContent = `${count(fed.length)} tokens, ${[per, speed].filter(x => x).join(', ')}. What the `
-    + `model keeps of them: ${count(decoder.stateSize)} numbers, however long the text is.`;
+  $('numbers').textContent = `${count(fed.length)} tokens, ${per}${speed}. What the model keeps of them: `
+    + `${count(decoder.stateSize)} numbers, however long the text is.`;
   const canvas = $('strip'), style = getComputedStyle(canvas), scale = devicePixelRatio || 1;
   const width = canvas.clientWidth;
   canvas.width = width * scale;

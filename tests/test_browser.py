@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 import pytest, quickjs, torch
+from nbdev.doclinks import nbglob
 from resnet_bk import browser
 from resnet_bk.browser import export_browser, read_browser_page
 from resnet_bk.data import ByteTokenizer, get_tokenizer
@@ -32,19 +33,19 @@ def listening():
         server.shutdown()
         server.server_close()
 
-def visit(folder, tmp_path, script, page=False, query='', *flags):
+def visit(folder, tmp_path, script, page=False, query='', *flags, guard=True):
     "Opens a copy of a folder's page (or decoder and model alone) from a file, runs `script` there and returns what it gives to `answer`."
     site = tmp_path/'site'
     shutil.copytree(folder, site, dirs_exist_ok=True)
     with listening() as server:
-        tell = (f"const answer = x => fetch('http://127.0.0.1:{server.server_port}/', {{method: 'POST', mode: 'no-cors', body: JSON.stringify(x)}});"
-                "addEventListener('error', e => answer({error: e.message})); addEventListener('unhandledrejection', e => answer({error: String(e.reason)}));")
+        tell = f"const answer = x => fetch('http://127.0.0.1:{server.server_port}/', {{method: 'POST', mode: 'no-cors', body: JSON.stringify(x)}});"
+        if guard: tell += "addEventListener('error', e => answer({error: e.message})); addEventListener('unhandledrejection', e => answer({error: String(e.reason)}));"
         scripts = ''.join(f'<script src="{n}"></script>' for n in ('model.js', 'decoder.js'))
         body = (folder/'index.html').read_text() if page else f'<meta charset="utf-8"><main></main>{scripts}'
         (site/'visit.html').write_text(body.replace('<main>', f'<script>{tell}</script><main>') + f'<script>{script}</script>')
         cmd = [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', f'--user-data-dir={tmp_path}/profile', *flags, f'file://{site}/visit.html{query}']
         run = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try: answer = json.loads(server.answers.get(timeout=240))
+        try: answer = json.loads(server.answers.get(timeout=180))
         finally:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
@@ -71,6 +72,8 @@ def test_the_demo_is_what_the_package_writes():
 def test_the_site_ships_the_demo():
     resources = re.search(r'  resources:\n((?:    - .*\n)+)', (top/'_quarto.yml').read_text())[1]
     assert '- demo\n' in resources and '(demo/index.html)' in (top/'nbs'/'16b_browser.ipynb').read_text()
+    taken = {p.relative_to(top/'nbs').as_posix() for p in nbglob(top/'nbs', file_glob='', as_path=True)}          # what nbdev hands to Quarto
+    assert {f'demo/{p.name}' for p in demo.iterdir()} | {'images/hero.png'} <= taken
 
 def test_the_demo_says_what_it_is():
     model, tok, h = read_browser_page(demo)
@@ -155,6 +158,7 @@ def test_typing_stopping_and_odd_prompts(tmp_path):
       await read('To be, or'); out.kept = decoder === one;
       out.unknown = await read('To bé 漢, <b>or</b>');
       out.changed = decoder !== one;
+      out.tab = (await read('a\\tb')).note;
       out.nothing = await read('');
       $('length').value = 40; $('go').click(); await until(idle); out.empty = state();
       $('length').value = 20000; $('go').click(); await until(() => fed.length > 50); $('go').click(); const at = fed.length; await wait(200);
@@ -164,6 +168,7 @@ def test_typing_stopping_and_odd_prompts(tmp_path):
     })();''', True)
     assert said['kept'] and said['changed'] and said['grown']['note'] == ''
     assert 'never seen é 漢' in said['unknown']['note'] and said['unknown']['shown'] == 'To bé 漢, <b>or</b>'
+    assert 'never seen U+0009 and' in said['tab']
     assert said['nothing']['reach'] == 'There is no earlier token.' and said['nothing']['numbers'].startswith('0 tokens')
     assert 'after a line break' in said['empty']['note'] and len(said['empty']['shown']) == 40
     assert said['stopped']['more'] == 0 and said['stopped']['button'] == 'Generate'
@@ -217,7 +222,16 @@ def test_pages_of_other_vocabularies(tmp_path, kind):
     assert said['read']['ids'] == tok.encode(text).tolist() and said['read']['note'] == ''
     assert said['end']['shown'].startswith(text) and 'parameters' in said['about'] and said['title'] == 'A language model in this page'
 
+def damaged(folder):
+    export_browser(ResNetBK(ModelConfig(256, 8, 1)), ByteTokenizer(), folder)
+    (folder/'model.js').write_text((folder/'model.js').read_text()[:-43] + '";\n')
+
 def test_a_page_that_is_damaged_is_refused(tmp_path):
-    export_browser(ResNetBK(ModelConfig(256, 8, 1)), ByteTokenizer(), tmp_path)
-    (tmp_path/'model.js').write_text((tmp_path/'model.js').read_text()[:-40] + '";\n')
-    with pytest.raises(ValueError, match='the model file holds|incorrect padding|Incorrect padding'): read_browser_page(tmp_path)
+    damaged(tmp_path)
+    with pytest.raises(ValueError, match='the model file holds'): read_browser_page(tmp_path)
+
+@in_chromium
+def test_a_page_that_is_damaged_says_so(tmp_path):
+    damaged(tmp_path/'new')
+    said = visit(tmp_path/'new', tmp_path, "answer(document.getElementById('about').textContent);", True, guard=False)
+    assert said.startswith('The model cannot be read. the model file is damaged: ')

@@ -69,7 +69,7 @@ function perRms(x, at, n, eps) {
   return 1 / Math.sqrt(square / n + eps);
 }
 
-class Conv {                                    // taps: width rows, newest first; null: no convolution
+class Conv {                                    // taps: width rows, newest first
   constructor(taps) {
     [this.width, this.n] = taps.shape;
     this.taps = taps.data;
@@ -294,6 +294,7 @@ class Bytes {
     return {ids, texts: ids.map(i => stream.push(i)), unknown: []};
   }
 }
+
 class Chars {
   constructor({vocab}) {
     this.chars = ['\ufffd', ...vocab];

@@ -1,10 +1,18 @@
 'use strict';
 const $ = id => document.getElementById(id);
-const model = readModel(fromBase64(MODEL)), tokenizer = makeTokenizer(model.tokenizer);
+const model = load(), tokenizer = makeTokenizer(model.tokenizer);
 let decoder, logits, fed, turn = 0;
 let held = {text: '', bits: 0};                  // of tokens that are only part of a character
 let bits, writes;                                // sums: of all tokens that had a forecast, of time
 
+function load() {
+  try {
+    return readModel(fromBase64(MODEL));
+  } catch (e) {
+    $('about').textContent = `The model cannot be read. ${e.message}`;
+    throw e;
+  }
+}
 function begin() {                               // a new text
   decoder = new Decoder(model);
   logits = null;
@@ -53,7 +61,8 @@ function readPrompt() {
   const {ids, texts, unknown} = tokenizer.encode($('prompt').value);
   const was = (f, i) => f.given && f.id === ids[i] && f.text === texts[i];
   if (fed.length > ids.length || !fed.every(was)) begin();
-  const strange = unknown.slice(0, 20).join(' ');
+  const code = c => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}`;
+  const strange = unknown.slice(0, 20).map(c => c.trim() ? c : code(c)).join(' ');
   say(strange && `The model has never seen ${strange} and reads an unknown character there. Your text stays `
       + 'as it is.');
   return inSlices(() => {
@@ -91,10 +100,10 @@ function stop() {
 
 function draw() {
   const per = bits.n ? `${(bits.sum / bits.n).toFixed(2)} bits each` : 'no forecast yet';
-  const speed = writes.n ? `${(writes.ms / writes.n).toFixed(2)} ms each` : '';
+  const speed = writes.n ? `, ${(writes.ms / writes.n).toFixed(2)} ms each` : '';
   const count = n => n.toLocaleString('en');
-  $('numbers').textContent = `${count(fed.length)} tokens, ${[per, speed].filter(x => x).join(', ')}. What the `
-    + `model keeps of them: ${count(decoder.stateSize)} numbers, however long the text is.`;
+  $('numbers').textContent = `${count(fed.length)} tokens, ${per}${speed}. What the model keeps of them: `
+    + `${count(decoder.stateSize)} numbers, however long the text is.`;
   const canvas = $('strip'), style = getComputedStyle(canvas), scale = devicePixelRatio || 1;
   const width = canvas.clientWidth;
   canvas.width = width * scale;
