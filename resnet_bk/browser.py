@@ -803,7 +803,7 @@ JS_PAGE = Js(r'''
 const $ = id => document.getElementById(id);
 const model = load(), tokenizer = makeTokenizer(model.tokenizer);
 let decoder, logits, fed, turn = 0;
-let held = {text: '', bits: 0};                  // of tokens that are only part of a character
+let held;                                        // bits of tokens that are only part of a character
 let bits, writes;                                // sums: of all tokens that had a forecast, of time
 
 function load() {
@@ -817,12 +817,18 @@ function load() {
 function begin() {                               // a new text
   decoder = new Decoder(model);
   logits = null;
-  fed = [];                                      // {id, text}
-  held = {text: '', bits: null};
+  fed = [];                                      // {id, text, given}
+  held = null;
   bits = {sum: 0, n: 0};
   writes = {ms: 0, n: 0};
   $('text').textContent = '';
 }
+''')
+JS_PAGE
+
+# %% ../nbs/16b_browser.ipynb #ee411c43
+#| echo: false
+JS_PAGE += r'''
 function feed(id, text, given) {
   const cost = logits && surprise(logits, id), t = performance.now();
   logits = decoder.step(id);
@@ -830,19 +836,19 @@ function feed(id, text, given) {
   writes.n++;
   fed.push({id, text, given});
   if (cost !== null) bits = {sum: bits.sum + cost, n: bits.n + 1};
-  held = {text: held.text + text, bits: cost === null ? held.bits : held.bits + cost};
-  if (text) show(given);
+  if (cost !== null) held += cost;
+  if (text) show(text, given);
 }
-function show(given) {
+function show(text, given) {
   const span = document.createElement('span');
-  span.textContent = held.text;
+  span.textContent = text;
   if (given) span.className = 'given';
-  span.title = held.bits === null ? 'the first token has no forecast' : `${held.bits.toFixed(1)} bits`;
-  span.style.setProperty('--heat', Math.min(held.bits / 8, 1).toFixed(3));
+  span.title = held === null ? 'the first token has no forecast' : `${held.toFixed(1)} bits`;
+  span.style.setProperty('--heat', Math.min(held / 8, 1).toFixed(3));
   $('text').append(span);
-  held = {text: '', bits: null};
+  held = null;
 }
-''')
+'''
 JS_PAGE
 
 # %% ../nbs/16b_browser.ipynb #5424dc33

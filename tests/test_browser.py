@@ -1,5 +1,5 @@
 "The page in a real browser, and the shipped demo: the same text as Python, at a constant cost, by the page's own button."
-import json, os, queue, re, shutil, signal, statistics, subprocess, threading
+import json, math, os, queue, re, shutil, signal, statistics, subprocess, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -210,16 +210,23 @@ def test_the_page_fits_the_screen(tmp_path, width):
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
 def test_pages_of_other_vocabularies(tmp_path, kind):
     torch.manual_seed(0)
-    tok = ByteTokenizer() if kind == 'bytes' else get_tokenizer('bpe', 'Where art thou, é and 漢, Romeo? '*9, 280)
+    tok = ByteTokenizer() if kind == 'bytes' else get_tokenizer('bpe', 'Where art <!-- thou -->, é and 漢, Romeo? '*9, 300)
     model = ResNetBK(ModelConfig(tok.vocab_size, 24, 2, ffn='mlp', tie=True)).eval()
     export_browser(model, tok, tmp_path/'new')
-    text = 'Where é 漢😀\nis'
+    text = 'Where <!-- thou --> é 漢😀\nis'
     said = visit(tmp_path/'new', tmp_path, DRIVE + f'''(async () => {{
       type({json.dumps(text)}); await until(() => $('text').textContent === {json.dumps(text)});
-      const read = {{ids: fed.map(f => f.id), ...state()}}; $('length').value = 60; $('go').click(); await until(idle);
+      const read = {{ids: fed.map(f => f.id), spans: [...$('text').children].map(s => [s.textContent, s.title]), ...state()}}; $('length').value = 60; $('go').click(); await until(idle);
       answer({{read, end: state(), title: document.title, about: $('about').textContent}});
     }})();''', True)
     assert said['read']['ids'] == tok.encode(text).tolist() and said['read']['note'] == ''
+    bits, pieces, cost, stream = [None, *(-read_browser_page(tmp_path/'new')[0](torch.tensor([said['read']['ids']]))[0].log_softmax(-1)/math.log(2)).unbind()], [], 0., tok.stream()
+    for i,b in zip(said['read']['ids'], bits):                                                                       # a character costs what its tokens cost
+        piece, cost = stream.push(i), cost + (0. if b is None else b[i].item())
+        if piece: pieces, cost = [*pieces, (piece, cost)], 0.
+    assert ''.join(t for t,_ in pieces) == text and [t for t,_ in said['read']['spans']] == [t for t,_ in pieces]
+    assert all(abs(float(title.split()[0]) - cost) < .06 for (_,title),(_,cost) in list(zip(said['read']['spans'], pieces))[1:])
+    assert kind == 'bytes' or any('<!--' in tok.decode([i]) for i in said['read']['ids'])                      # markup in one token stays text
     assert said['end']['shown'].startswith(text) and 'parameters' in said['about'] and said['title'] == 'A language model in this page'
 
 def damaged(folder):
