@@ -201,7 +201,7 @@ def test_the_page_fits_the_screen(tmp_path, width):
     (frame/'index.html').write_text('<main></main>' + f'<iframe src="page.html#prompt=To be&seed=3&temperature=0.35&length=30&go=1" style="width:{width}px;height:900px"></iframe>')
     (frame/'page.html').write_text((demo/'index.html').read_text() + '''<script>setTimeout(() => parent.postMessage({wide: document.documentElement.scrollWidth, inner: innerWidth, fed: fed.length,
       text: $('text').textContent, small: [...document.querySelectorAll('input, select, textarea, button, canvas, #text')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.id),
-      unnamed: [...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length).map(e => e.id)}, '*'), 3000)</script>''')
+      unnamed: [...document.querySelectorAll('input, select, textarea')].filter(e => !(e.labels.length && e.labels[0].textContent.trim())).map(e => e.id)}, '*'), 3000)</script>''')
     said = visit(frame, tmp_path, "addEventListener('message', e => answer(e.data));", True, '', f'--window-size={width + 100},1000')
     assert said['wide'] <= said['inner'] == width and said['small'] == [] and said['unnamed'] == []
     assert said['fed'] == 35 and said['text'].startswith('To be')                                  # the address said so
