@@ -1,5 +1,5 @@
 "The page in a real browser, and the shipped demo: the same text as Python, at a constant cost, by the page's own button."
-import json, math, os, queue, re, shutil, signal, statistics, subprocess, threading
+import json, math, os, queue, re, shutil, signal, subprocess, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -116,18 +116,16 @@ def test_greedy_text_is_pythons(tmp_path):
 @in_chromium
 def test_the_cost_of_a_token_is_flat(tmp_path):
     script = '''
-    const model = readModel(fromBase64(MODEL)), d = new Decoder(model), s = new Sampler(1), ms = [], size = [], ids = [1];
-    for (let n = 0; n < 100; n++) {
-      const t = performance.now();
-      for (let i = 0; i < 100; i++) ids.push(s.draw(d.step(ids[ids.length - 1]), 1));
-      ms.push((performance.now() - t) / 100);
-      size.push(d.stateSize);
-    }
-    answer({ms, size, ids, finite: [...d.logits].every(Number.isFinite)});'''
+    const model = readModel(fromBase64(MODEL)), s = new Sampler(1), ids = [1], d = new Decoder(model);
+    const write = (d, n) => { const t = performance.now(); for (let i = 0; i < n; i++) ids.push(s.draw(d.step(ids[ids.length - 1]), 1)); return (performance.now() - t) / n; };
+    const size = d.stateSize;
+    write(d, 10000);
+    const ms = Array.from({length: 100}, () => [write(d, 20), write(new Decoder(model), 20)]);                     // late and early in turns: a machine is not equally fast at all times
+    answer({ms, sizes: [size, d.stateSize], ids, finite: [...d.logits].every(Number.isFinite)});'''
     r = visit(demo, tmp_path, script)
-    early, late = statistics.median(r['ms'][10:40]), statistics.median(r['ms'][-30:])
-    assert set(r['size']) == {15_748} and r['finite'] and len(set(r['ids'])) > 40
-    assert late < 1.6*early, f'{early:.2f} ms a token early, {late:.2f} ms late'       # a machine in use; a cache would cost ten times as much
+    late, early = (min(t) for t in zip(*r['ms']))
+    assert r['sizes'] == [15_748]*2 and r['finite'] and len(set(r['ids'])) > 40
+    assert late < 1.5*early, f'{early:.2f} ms a token at the beginning, {late:.2f} ms after 10,000'                # a cache of what was read would cost twenty times as much
 
 # the page
 
