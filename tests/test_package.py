@@ -8,7 +8,7 @@ top = Path(__file__).resolve().parents[1]
 notebooks = {p: json.loads(p.read_text(encoding='utf8')) for p in sorted((top/'nbs').glob('[0-9][0-9]*_*.ipynb'))}
 cells = {p: [(c['cell_type'], ''.join(c['source'])) for c in nb['cells']] for p,nb in notebooks.items()}
 code = {p: '\n'.join(s for kind,s in cs if kind == 'code') for p,cs in cells.items()}
-made_in = {re.search(r'#\|\s*default_exp\s+(\w+)', s).group(1): p for p,s in code.items()}
+made_in = {m[1]: p for p,s in code.items() if (m := re.search(r'#\|\s*default_exp\s+(\w+)', s))}     # some are pages without a module
 modules = {m: ast.parse((top/'resnet_bk'/f'{m}.py').read_text(encoding='utf8')) for m in made_in}
 
 def floor(p): # 04b -> (4, 'b')
