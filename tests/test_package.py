@@ -131,10 +131,13 @@ def test_no_paths_of_a_machine():
 
 @pytest.mark.parametrize('p', [p for p in notebooks if p.stem != 'index'], ids=lambda p: p.stem)
 def test_imports_stand_alone(p):
-    "Making the site runs every cell that holds an import, and nothing of what stands before it"
+    "Making the site runs every cell that holds an import, however deep, and nothing of what stands before it"
     for kind,s in cells[p]:
-        if kind != 'code' or 'google.colab' in s: continue
+        if kind != 'code' or 'google.colab' in s or re.search(r'^#\|\s*eval:\s*false', s, re.M): continue
         body = ast.parse(re.sub(r'^(\s*)[%!].*', r'\1pass', s, flags=re.M)).body
-        if not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body): continue
-        odd = [n for n in body if not isinstance(n, (ast.Import, ast.ImportFrom)) and not ast.unparse(n).startswith('torch.')]
+        imports = lambda n: isinstance(n, (ast.Import, ast.ImportFrom))
+        made = re.search(r'^#\|\s*exports?\b', s, re.M) # exported cells run in order
+        if not any(map(imports, body)) and (made or not any(map(imports, (m for n in body for m in ast.walk(n))))): continue
+        harmless = lambda n: imports(n) or ast.unparse(n).startswith('torch.') or isinstance(n, ast.FunctionDef) and not (made or n.decorator_list)
+        odd = [n for n in body if not harmless(n)]
         assert not odd, f'{p.name}: an import beside {ast.unparse(odd[0])[:80]}'
