@@ -141,3 +141,9 @@ def test_imports_stand_alone(p):
         harmless = lambda n: imports(n) or ast.unparse(n).startswith('torch.') or isinstance(n, ast.FunctionDef) and not (made or n.decorator_list)
         odd = [n for n in body if not harmless(n)]
         assert not odd, f'{p.name}: an import beside {ast.unparse(odd[0])[:80]}'
+
+def test_no_page_ends_with_a_shown_export():
+    "nbdev looks at the cell after each `exports` cell for its documentation, and fails where there is none"
+    for p,cs in cells.items():
+        kind, last = cs[-1]
+        assert kind != 'code' or not re.search(r'^#\|\s*exports\b', last, re.M), f'{p.name}: use #| export for the last cell'

@@ -103,6 +103,7 @@ def test_llms_txt():
     assert re.match(r'# [^\n]+\n\n> [^\n]+\n\n', text) and '\n## Optional\n' in text      # https://llmstxt.org
     config = (top/'_quarto.yml').read_text(encoding='utf8')
     shipped = re.search(r'resources:\n((?: +- .+\n)+)', config)[1]
+    assert cfg['recursive'] == 'True', 'else nbdev hands no folder, and no picture, to Quarto'
     assert {'images', 'llms.txt'} == set(re.findall(r'- (\S+)', shipped)) and (nbs/'styles.css').exists() and 'css: styles.css' in config
 
 COLAB = f"""#| hide
