@@ -26,6 +26,7 @@ setup(
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: ["py.typed"]},
+    data_files=[(f"share/{cfg['lib_name']}/outside", ["tests/outside/bk_outside.py", "tests/outside/pyproject.toml"])],  # page 17 reads it
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -8,7 +8,7 @@ top = Path(__file__).resolve().parents[1]
 notebooks = {p: json.loads(p.read_text(encoding='utf8')) for p in sorted((top/'nbs').glob('[0-9][0-9]*_*.ipynb'))}
 cells = {p: [(c['cell_type'], ''.join(c['source'])) for c in nb['cells']] for p,nb in notebooks.items()}
 code = {p: '\n'.join(s for kind,s in cs if kind == 'code') for p,cs in cells.items()}
-made_in = {re.search(r'#\|\s*default_exp\s+(\w+)', s).group(1): p for p,s in code.items()}
+made_in = {m[1]: p for p,s in code.items() if (m := re.search(r'#\|\s*default_exp\s+(\w+)', s))}     # some are pages without a module
 modules = {m: ast.parse((top/'resnet_bk'/f'{m}.py').read_text(encoding='utf8')) for m in made_in}
 
 def floor(p): # 04b -> (4, 'b')
@@ -132,10 +132,19 @@ def test_no_paths_of_a_machine():
 
 @pytest.mark.parametrize('p', [p for p in notebooks if p.stem != 'index'], ids=lambda p: p.stem)
 def test_imports_stand_alone(p):
-    "Making the site runs every cell that holds an import, and nothing of what stands before it"
+    "Making the site runs every cell that holds an import, however deep, and nothing of what stands before it"
     for kind,s in cells[p]:
-        if kind != 'code' or 'google.colab' in s: continue
+        if kind != 'code' or 'google.colab' in s or re.search(r'^#\|\s*eval:\s*false', s, re.M): continue
         body = ast.parse(re.sub(r'^(\s*)[%!].*', r'\1pass', s, flags=re.M)).body
-        if not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body): continue
-        odd = [n for n in body if not isinstance(n, (ast.Import, ast.ImportFrom)) and not ast.unparse(n).startswith('torch.')]
+        imports = lambda n: isinstance(n, (ast.Import, ast.ImportFrom))
+        made = re.search(r'^#\|\s*exports?\b', s, re.M) # exported cells run in order
+        if not any(map(imports, body)) and (made or not any(map(imports, (m for n in body for m in ast.walk(n))))): continue
+        harmless = lambda n: imports(n) or ast.unparse(n).startswith('torch.') or isinstance(n, ast.FunctionDef) and not (made or n.decorator_list)
+        odd = [n for n in body if not harmless(n)]
         assert not odd, f'{p.name}: an import beside {ast.unparse(odd[0])[:80]}'
+
+def test_no_page_ends_with_a_shown_export():
+    "nbdev looks at the cell after each `exports` cell for its documentation, and fails where there is none"
+    for p,cs in cells.items():
+        kind, last = cs[-1]
+        assert kind != 'code' or not re.search(r'^#\|\s*exports\b', last, re.M), f'{p.name}: use #| export for the last cell'
