@@ -264,6 +264,7 @@ def comparison(results:dict, times:dict, texts=('Shakespeare', 'stdlib', 'manual
             for mine in ('ours, its time', 'ours, its steps'):
                 for other in [n for n in who if 'ours' not in n]:
                     pair = [replace(who[n], text=t) for n in (mine, other)]
+                    if 'steps' in mine and pair[0].steps != pair[1].steps: continue
                     try: c = compare(results, *pair)
                     except ValueError: continue # not run, as the GPT on other texts
                     ours = f'{_layers(pair[0])} layers, {pair[0].steps} steps'
