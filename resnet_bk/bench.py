@@ -217,16 +217,17 @@ MIXERS.register('gated_delta', lambda config: GatedDelta(config.d_model, config.
 
 # %% ../nbs/15c_bench.ipynb #25390fa3
 class GPT2(nn.Module):
-    "GPT-2 of `transformers`, (B, N) tokens → (B, N, vocab) logits. `ImportError` without that package."
+    """GPT-2 of `transformers`, (B, N) tokens → (B, N, vocab) logits, with an output bias like its rivals.
+    `ImportError` without that package."""
     def __init__(self, vocab_size:int, d_model:int=128, n_layers:int=4, n_heads:int=4, context:int=512):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
         c = GPT2Config(vocab_size=vocab_size, n_embd=d_model, n_layer=n_layers, n_head=n_heads,
                        n_positions=context, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
                        bos_token_id=None, eos_token_id=None)
-        self.gpt2 = GPT2LMHeadModel(c)
+        self.gpt2, self.bias = GPT2LMHeadModel(c), nn.Parameter(torch.zeros(vocab_size))
     embed = property(lambda self: self.gpt2.transformer.wte)
-    def forward(self, x): return self.gpt2(x, use_cache=False).logits
+    def forward(self, x): return self.gpt2(x, use_cache=False).logits + self.bias
 
 def _have(module): return importlib.util.find_spec(module) is not None
 
