@@ -199,7 +199,9 @@ def _device(name, local):
 
 # %% ../nbs/05_learner.ipynb #8f3f0080
 def _leave(): # the threads of a process group can abort a dying interpreter
-    if dist.is_initialized(): dist.destroy_process_group()
+    if not dist.is_initialized(): return
+    dist.destroy_process_group()
+    time.sleep(.1) # sharded weights keep the group: let its threads finish while there is an interpreter
 
 class Parallel:
     "Device, precision and processes of one learner. `ValueError` for what is not there."
